@@ -1,0 +1,138 @@
+"""The command line that every script shares: flags, one-line errors, files never half-written.
+
+Nothing here knows about images or text. Each script builds a `Parser`, and ends with `run(main)`,
+which turns a `UserError` into one line on stderr and exit code 2; a bug keeps its traceback.
+"""
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Something that the user can put right: the message says what is wrong and what to do."""
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Appends the default to each flag's help, unless there is none to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told = action.help or ""
+        if action.option_strings and action.default not in (None, False, argparse.SUPPRESS, []):
+            told += " (default: %(default)s)"
+        return told
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags with dashes or underscores; one-line errors; knows which flags were typed."""
+
+    def __init__(self, **options: Any):
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message} (see --help)")
+
+    def typed(self, argv: list[str]) -> dict[str, Any]:
+        """Returns only the flags that stand in `argv`, as {destination: value}."""
+        argv = [dashed(word) for word in argv]
+        kept = {action: action.default for action in self._actions}
+        try:
+            for action in self._actions:
+                action.default = argparse.SUPPRESS
+            return vars(super().parse_args(argv))
+        finally:
+            for action, default in kept.items():
+                action.default = default
+
+    def defaults(self) -> dict[str, Any]:
+        """Returns every flag's default, as {destination: value}."""
+        return {a.dest: a.default for a in self._actions if a.default != argparse.SUPPRESS}
+
+    def parse_args(self, argv: list[str]) -> argparse.Namespace:
+        return argparse.Namespace(**{**self.defaults(), **self.typed(argv)})
+
+
+def dashed(word: str) -> str:
+    """`--batch_size=8` -> `--batch-size=8`; whatever is not a flag's name stays as it is."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def number(
+    kind: type, low: float, high: float, above: bool = False
+) -> Callable[[str], float | int]:
+    """An argparse type: a number of `kind` in [low, high], or in (low, high] with `above`."""
+
+    def parse(text: str) -> float | int:
+        bracket = "(" if above else "["
+        wanted = "a whole number" if kind is int else "a number"
+        told = f"{text!r} is not {wanted} in {bracket}{low:g}, {high:g}]"
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(told) from None
+        if not math.isfinite(value) or value < low or value > high or (above and value == low):
+            raise argparse.ArgumentTypeError(told)
+        return value
+
+    return parse
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, which it becomes when the block ends without error.
+
+    Raises UserError when the folder cannot be made or the file cannot be written (full disk too).
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent
+        )
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only the owner can read
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def warn(message: str) -> None:
+    """One line on stderr."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """Runs a script's `main` on the command line's words and leaves with its exit code."""
+    script = Path(sys.argv[0]).name
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print(f"{script}: stopped", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # `python evaluate.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)

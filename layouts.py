@@ -1,0 +1,242 @@
+"""How captions and pictures lie in a folder: every known layout is one entry of LAYOUTS.
+
+dataset.py calls `read_folder` for the captions and `find_images` for the pictures; nothing is
+ever asked of the user, and what is read is said in the summary line.
+"""
+
+import codecs
+import csv
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from cli import UserError
+from images import EXTENSIONS
+
+SPLITS = ("train", "dev", "test")
+HOW_TO_GET = (
+    "get Flickr8k from https://cloud.tsinghua.edu.cn/f/6e5dcf45eac345649665/ and unpack it into "
+    "Flickr8k/images, or run `python dataset.py --download`, or use --data shapes"
+)
+
+
+class Row(NamedTuple):
+    """One caption as a file gives it; `split` is "" where the file names none."""
+
+    image: str
+    caption: str
+    split: str = ""
+
+
+def read_text(path: Path) -> str:
+    """Reads UTF-8 or UTF-16 with a BOM, else UTF-8; a byte that is not UTF-8 counts as Latin-1."""
+    data = path.read_bytes()
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", "replace")
+    return data.decode("utf-8-sig", "latin-1 bytes")
+
+
+codecs.register_error(
+    "latin-1 bytes", lambda e: (e.object[e.start : e.end].decode("latin-1"), e.end)
+)
+
+
+def is_picture(name: str) -> bool:
+    return Path(re.sub(r"\.\d+$", "", name)).suffix.lower() in EXTENSIONS
+
+
+def read_lines(path: Path, split: str = "") -> Iterator[Row]:
+    """Reads a text file of captions; its first lines tell which of three notations it is in.
+
+    `name.jpg#0<TAB>caption` (Flickr8k.token.txt), `name.jpg| 0| caption` (Flickr30k results.csv),
+    or CSV with or without a header (Kaggle captions.txt). Raises UserError when it is none.
+    """
+    text = read_text(path)
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"{path} is empty; {HOW_TO_GET}")
+    head = lines[:5]
+    if any(re.match(r"[^\t]+#\d+\t", line) for line in head):
+        pairs = (line.partition("\t")[::2] for line in lines)
+        rows = [Row(name.rpartition("#")[0] or name, caption, split) for name, caption in pairs]
+    elif any("|" in line and is_picture(line.partition("|")[0].strip()) for line in head):
+        rows = [Row(*split_bars(line), split) for line in lines]
+    else:
+        rows = [Row(*pair, split) for pair in read_csv(text, path)]
+    rows = [row for row in rows if is_picture(row.image.strip())]  # drops the header
+    if not rows:
+        raise UserError(
+            f"{path} holds no captions: no line is `image.jpg,caption`, `image.jpg#0<TAB>caption` "
+            "or `image.jpg| 0| caption`"
+        )
+    yield from rows
+
+
+def split_bars(line: str) -> tuple[str, str]:
+    """`a.jpg| 0| A dog` -> (a.jpg, A dog); in one row of Flickr30k the second bar is missing."""
+    name, _, rest = line.partition("|")
+    return name, re.sub(r"^\s*\d+\s*\|?", "", rest)
+
+
+def read_csv(text: str, path: Path) -> Iterator[tuple[str, str]]:
+    """Yields (image, caption) of each row; a caption with bare commas is joined again."""
+    image, caption, header = 0, 1, True
+    try:
+        for row in csv.reader(io.StringIO(text, newline="")):
+            if header and any(row):
+                header = False
+                names = [cell.strip().lower() for cell in row]
+                if not is_picture(row[0].strip()) and {"image", "caption"} <= set(names):
+                    image, caption = names.index("image"), names.index("caption")
+            if len(row) <= max(image, caption):
+                continue
+            if any(cell.count("\n") > 5 for cell in row):
+                raise UserError(f"{path}: a quote that opens at {row[image]!r} is never closed")
+            last = caption == len(row) - 1 or ((image, caption) == (0, 1) and len(names) < 3)
+            yield row[image], ", ".join(row[caption:]) if last else row[caption]
+    except csv.Error as error:
+        raise UserError(f"{path} cannot be read as CSV: {error}") from error
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+
+
+def read_karpathy(paths: list[Path]) -> Iterator[Row]:
+    """Karpathy's dataset_*.json: {"images": [{filename, split, sentences: [{raw}]}]}."""
+    names = {"restval": "train", "val": "dev"}
+    for image in read_json(paths[0])["images"]:
+        split = names.get(image.get("split", ""), image.get("split", ""))
+        for sentence in image["sentences"]:
+            yield Row(image["filename"], sentence["raw"], split)
+
+
+def read_coco(paths: list[Path]) -> Iterator[Row]:
+    """COCO's captions_*.json; the file names tell the splits where there are several files."""
+    for path in paths:
+        content = read_json(path)
+        split = "dev" if "val" in path.stem else "test" if "test" in path.stem else "train"
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        for note in content["annotations"]:
+            if note["image_id"] in names:
+                yield Row(names[note["image_id"]], note["caption"], split if paths[1:] else "")
+
+
+def read_course(paths: list[Path]) -> Iterator[Row]:
+    """The course's train_, val_ and test_captions.txt, and what captions.txt has beyond them."""
+    seen = Counter()
+    for path in paths:
+        for row in read_lines(path, {"val": "dev"}.get(path.stem[:-9], path.stem[:-9])):
+            seen[row[:2]] += 1
+            yield row
+    if (whole := paths[0].parent / "captions.txt").is_file():
+        for row in read_lines(whole):
+            if seen[row[:2]] > 0:
+                seen[row[:2]] -= 1
+            else:
+                yield row
+
+
+def read_first(paths: list[Path]) -> Iterator[Row]:
+    return read_lines(paths[0])
+
+
+class Layout(NamedTuple):
+    """A way in which captions lie in a folder: file name patterns and their reader."""
+
+    name: str
+    patterns: tuple[str, ...]
+    read: Callable[[list[Path]], Iterable[Row]]
+
+
+# The first layout with a file in the folder, or one folder deep, is the one that is read.
+LAYOUTS = (
+    Layout("Karpathy json", ("dataset_*.json", "dataset.json"), read_karpathy),
+    Layout("COCO json", ("captions_*.json",), read_coco),
+    Layout("Flickr token", ("Flickr*k.token.txt", "results_*.token"), read_first),
+    Layout("Flickr30k results", ("results.csv",), read_first),
+    Layout("course", ("train_captions.txt", "val_captions.txt", "test_captions.txt"), read_course),
+    Layout("Kaggle captions", ("captions.txt", "captions.csv"), read_first),
+)
+IMAGE_FOLDERS = (
+    *("images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images"),
+    *("flickr30k-images", "train2017", "val2017", "train2014", "val2014"),
+)
+
+
+def visible(folder: Path) -> list[Path]:
+    return [p for p in sorted(folder.iterdir()) if p.name[0] != "." and p.name != "__MACOSX"]
+
+
+def find_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files that match, in the order of the patterns: in the folder, else one folder deep."""
+    for place in (folder, *(p for p in visible(folder) if p.is_dir())):
+        found = [
+            path
+            for pattern in patterns
+            for path in sorted(place.glob(pattern))
+            if path.is_file() and path.name[0] != "."
+        ]
+        if found:
+            return found
+    return []
+
+
+def find_images(folder: Path) -> dict[str, Path]:
+    """{file name: path} of the pictures in the known folders (nested too), else in any.
+
+    Captions are looked up in this table, so a name from the data never becomes a path itself.
+    """
+    inner = [p for p in visible(folder) if p.is_dir()]
+    nested = [q for p in inner for q in visible(p) if q.is_dir()]
+    known = [p for p in inner + nested if p.name in IMAGE_FOLDERS]
+    for places in (known, [folder], inner + nested):
+        found: dict[str, Path] = {}
+        for place in places:
+            with os.scandir(place) as entries:  # by far faster than Path.iterdir on 100,000 files
+                for entry in entries:
+                    if Path(entry.name).suffix.lower() in EXTENSIONS and entry.name[0] != ".":
+                        found.setdefault(entry.name, Path(entry.path))
+        if found:
+            return dict(sorted(found.items()))
+    return {}
+
+
+def official_lists(folder: Path) -> dict[str, str]:
+    """{image name: split} of Flickr_8k.{train,dev,test}Images.txt in `folder`, or one deep."""
+    table = {}
+    for split in SPLITS:
+        for path in find_files(folder, [f"*{split}Images.txt"]):
+            table |= {line.strip(): split for line in read_text(path).split("\n") if line.strip()}
+    return table
+
+
+def clean_name(name: str) -> str:
+    r"""`Images\a.jpg` -> a.jpg; `a.jpg.1`, a quirk of one Flickr8k name, -> a.jpg."""
+    return re.sub(r"(\.\w+)\.\d+$", r"\1", name.strip().replace("\\", "/").rpartition("/")[2])
+
+
+def read_folder(folder: Path) -> tuple[str, list[Row]]:
+    """Finds the layout of a folder: (its name, its rows)."""
+    if not folder.is_dir():
+        problem = "is a file; give the folder" if folder.is_file() else "does not exist"
+        raise UserError(f"{folder} {problem}; {HOW_TO_GET}")
+    for layout in LAYOUTS:
+        if paths := find_files(folder, layout.patterns):
+            try:
+                rows = list(layout.read(paths))
+            except (KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{paths[0]} is no {layout.name}: {error!r} in it") from error
+            if not rows:
+                raise UserError(f"{paths[0]} holds no captions; {HOW_TO_GET}")
+            return f"{layout.name} ({paths[0].name})", rows
+    wanted = ", ".join(pattern for layout in LAYOUTS for pattern in layout.patterns)
+    raise UserError(f"{folder} has no captions file (any of {wanted}); {HOW_TO_GET}")
