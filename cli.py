@@ -6,7 +6,6 @@ which turns a `UserError` into one line on stderr and exit code 2; a bug keeps i
 
 import argparse
 import contextlib
-import math
 import os
 import sys
 import tempfile
@@ -24,11 +23,19 @@ class UserError(Exception):
 class HelpFormatter(argparse.HelpFormatter):
     """Appends the default to each flag's help, unless there is none to tell."""
 
+    TOLD = "(default: %(default)s)"
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if action.help is None:  # argparse would not ask for the help string
+            action.help = self._get_help_string(action)
+        super().add_argument(action)
+
     def _get_help_string(self, action: argparse.Action) -> str:
         told = action.help or ""
-        if action.option_strings and action.default not in (None, False, argparse.SUPPRESS, []):
-            told += " (default: %(default)s)"
-        return told
+        silent = action.default in (None, argparse.SUPPRESS, []) or action.default is False
+        if not action.option_strings or silent or self.TOLD in told:
+            return told
+        return f"{told} {self.TOLD}".strip()
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,15 +49,11 @@ class Parser(argparse.ArgumentParser):
 
     def typed(self, argv: list[str]) -> dict[str, Any]:
         """Returns only the flags that stand in `argv`, as {destination: value}."""
-        argv = [dashed(word) for word in argv]
-        kept = {action: action.default for action in self._actions}
-        try:
-            for action in self._actions:
-                action.default = argparse.SUPPRESS
-            return vars(super().parse_args(argv))
-        finally:
-            for action, default in kept.items():
-                action.default = default
+        absent: list[Any] = []  # argparse leaves what the namespace holds; `append` copies it
+        held = argparse.Namespace(**dict.fromkeys(self.defaults(), absent))
+        found = vars(super().parse_args([dashed(word) for word in argv], held))
+        # A positional that is absent gets None all the same.
+        return {flag: x for flag, x in found.items() if x is not absent and x is not None}
 
     def defaults(self) -> dict[str, Any]:
         """Returns every flag's default, as {destination: value}."""
@@ -81,7 +84,8 @@ def number(
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(told) from None
-        if not math.isfinite(value) or value < low or value > high or (above and value == low):
+        inside = low < value <= high if above else low <= value <= high  # nan never is
+        if not inside:
             raise argparse.ArgumentTypeError(told)
         return value
 
@@ -117,7 +121,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 def warn(message: str) -> None:
     """One line on stderr."""
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    print(f"warning: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cli import HERE, Parser, UserError, number, run, warn
 from images import CACHE, cached_folder, cached_pixels, to_rgb, write_header
@@ -138,7 +138,7 @@ class Dataset:
             return Image.fromarray(self.pixels[row])
         with Image.open(self.paths[row]) as image:
             image.draft("RGB", (size, size))
-            image = to_rgb(image)
+            image = to_rgb(ImageOps.exif_transpose(image))
             image.thumbnail((size, size))
             return image
 
@@ -146,12 +146,14 @@ class Dataset:
     def fingerprint(self) -> str:
         """sha256 over image contents, names, captions and splits: equal only for equal data."""
         hashed = hashlib.sha256(
-            "\n".join(map("|".join, zip(self.names, self.digests, strict=True))).encode()
+            "\n".join(map("|".join, zip(self.names, self.digests, strict=True))).encode(
+                "utf-8", "surrogatepass"
+            )
         )
         for caption, image, label in zip(
             self.captions, self.caption_image, self.labels, strict=True
         ):
-            hashed.update(f"{image}|{label}|{caption}\n".encode("utf-8", "surrogateescape"))
+            hashed.update(f"{image}|{label}|{caption}\n".encode("utf-8", "surrogatepass"))
         return hashed.hexdigest()[:16]
 
     def summary(self) -> str:
@@ -163,15 +165,17 @@ class Dataset:
             if images or name:
                 parts.append(f"{name or 'in no split'} {images:,}/{chosen.sum():,}")
         skipped = "; ".join(
-            f"{len(names):,} {reason} ({', '.join(names[:3])}{', ...' if names[3:] else ''})"
+            f"{len(names):,} {reason} ({', '.join([*dict.fromkeys(names)][:3])}"
+            f"{', ...' if len(set(names)) > 3 else ''})"
             for reason, names in self.skipped.items()
         )
-        return (
+        line = (
             f"data {self.path}: {self.layout}, {len(np.unique(self.caption_image)):,} images and "
             f"{len(self.captions):,} captions; {self.splits} splits (images/captions): "
             f"{', '.join(parts)}; skipped: {skipped or 'nothing'}; "
             f"fingerprint {self.fingerprint}"
         )
+        return line.encode("utf-8", "backslashreplace").decode()  # a file name can be any bytes
 
 
 def load_dataset(
@@ -185,11 +189,14 @@ def load_dataset(
     if path == "shapes":
         return load_shapes(cache)
     folder = Path(path)
-    layout, rows = read_folder(folder)
-    files = find_images(folder)
+    try:
+        layout, rows = read_folder(folder)
+        files = find_images(folder)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or folder}: {error.strerror}") from error
     if not files:
         raise UserError(f"{folder} has captions but no image; {HOW_TO_GET}")
-    rows = [row._replace(image=clean_name(row.image), caption=row.caption.strip()) for row in rows]
+    rows = [row._replace(image=clean_name(row.image)) for row in rows]
     skipped = {
         "captions without an image": [row.image for row in rows if row.image not in files],
         "empty captions": [row.image for row in rows if row.image in files and not row.caption],
@@ -199,7 +206,8 @@ def load_dataset(
     skipped["images without captions"] = [name for name in files if name not in captioned]
     names = sorted(captioned)
     if not names:
-        raise UserError(f"none of the {len(files):,} images of {folder} is named in its captions")
+        told = f"none of the {len(files):,} images of {folder} is named in its captions"
+        raise UserError(f"{told}; {HOW_TO_GET}")
     decoded = cached_pixels([files[name].resolve() for name in names], size, cache, workers)
     bad = [f"{names[row]}: {reason}" for row, reason in decoded.failed.items()]
     if len(bad) > 0.1 * len(names):
@@ -317,13 +325,15 @@ class Feed:
     seed: int
 
     def batches(self) -> int:
-        return -(-len(self.split.images) // self.batch_size)
+        """As many as --batch-size asks for, but none of a single pair, which teaches nothing."""
+        count = len(self.split.images)
+        return max(1, min(-(-count // self.batch_size), count // 2))
 
     def plan(self, epoch: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(positions of images, their captions) of each batch: a function of seed and epoch.
 
-        Every image once, in batches whose sizes differ by one at most (so none is a batch of one
-        pair). Each image's captions stand in a seeded order, and every epoch takes the next ones.
+        Every image once, in batches whose sizes differ by one at most. Each image's captions stand
+        in a seeded order, and every epoch takes the next ones.
         """
         owner = self.split.caption_image
         shuffled = np.lexsort((np.random.default_rng(self.seed).random(len(owner)), owner))

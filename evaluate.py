@@ -105,7 +105,9 @@ def find_pictures(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in EXTENSIONS and path.name[0] != "." and path.is_file()
+        if path.suffix.lower() in EXTENSIONS
+        and not any(part[0] == "." for part in path.relative_to(folder).parts)
+        and path.is_file()
     )
 
 
@@ -190,18 +192,19 @@ def zero_shot(
         raise UserError(f"{folder} holds no picture; it needs a folder of pictures for each class")
     inner = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
     found = {place: find_pictures(place) for place in inner}
-    empty = [p.name for p, files in found.items() if not files]
-    places = [p for p, files in found.items() if files]
-    if len(places) < 2:
+    if sum(map(bool, found.values())) < 2:
         raise UserError(f"{folder} needs two class folders with pictures or more")
-    if empty:
-        warn(f"class folders without a picture are left out: {', '.join(empty)}")
+    paths = [path for files in found.values() for path in files]
+    images, kept = embed_pictures(model, paths, transform, workers)
+    places = [place for place, files in found.items() if not set(kept).isdisjoint(files)]
+    if empty := [place.name for place in inner if place not in places]:
+        warn(f"class folders without a readable picture are left out: {', '.join(empty)}")
     classes = [re.sub(r"[_\-\s]+", " ", p.name).strip().lower() for p in places]
+    if twice := {name for name in classes if classes.count(name) > 1}:
+        raise UserError(f"{folder} has two class folders for {', '.join(sorted(twice))}; join them")
     for name in classes:
         if missing := tokenizer.unknown(name):
             warn(f"class {name!r}: {', '.join(missing)} never stood in the training captions")
-    paths = [path for place in places for path in found[place]]
-    images, kept = embed_pictures(model, paths, transform, workers)
     place_of = {path: i for i, place in enumerate(places) for path in found[place]}
     texts = class_embeddings(model, tokenizer, classes, templates)
     scores = images.astype(np.float64) @ texts.T.astype(np.float64)

@@ -14,7 +14,7 @@ from models import IMAGE_TOWERS, TEXT_TOWERS
 # Flags left out take these, measured on 2 cores (README, "Choices"): photographs need the larger
 # input and gain from crops; in `shapes` a mirrored or cropped scene contradicts its captions.
 PER_DATA = {
-    "shapes": {"image_size": 64, "image_augment": "none", "stem": "imagenet", "epochs": 9},
+    "shapes": {"image_size": 64, "image_augment": "none", "stem": "imagenet", "epochs": 5},
     "photographs": {"image_size": 96, "image_augment": "light", "stem": "imagenet", "epochs": 15},
 }
 MAY_CHANGE = ("workers", "device", "epochs", "resume", "cache", "out")  # when a run is resumed

@@ -4,6 +4,7 @@ dataset.py calls `cached_pixels` on the files that it found; train.py calls `aug
 that cache, evaluate.py `resize`. Normalising is the model's own first step (see models.py).
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -59,8 +60,9 @@ def decode(source: Path | bytes, size: int) -> np.ndarray:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Converts any mode that Pillow reads to RGB without losing what is to be seen."""
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, np.float32)
-        top = 1 if image.mode == "F" and values.max() <= 1 else 65535 if values.max() > 255 else 255
+        values = np.nan_to_num(np.asarray(image, np.float32))
+        deep = image.mode.startswith("I;") or values.max() > 255
+        top = 1 if image.mode == "F" and values.max() <= 1 else 65535 if deep else 255
         return Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         layer = image.convert("RGBA")
@@ -85,13 +87,14 @@ def cached_folder(cache: Path, name: str, build: Callable[[Path], None]) -> Path
     second takes the first one's. Raises UserError when the cache cannot be written.
     """
     folder = cache / name
-    if folder.is_dir():
-        return folder
     try:
+        if folder.is_dir():
+            return folder
         cache.mkdir(parents=True, exist_ok=True)
         for left in cache.glob(".building-*"):  # by a run that was killed, over a day ago
-            if time.time() - left.stat().st_mtime > 86_400:
-                shutil.rmtree(left, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):  # another run has just finished it
+                if time.time() - left.stat().st_mtime > 86_400:
+                    shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(
             prefix=".building-", dir=cache, ignore_cleanup_errors=True
         ) as temporary:

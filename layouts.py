@@ -57,7 +57,7 @@ def read_lines(path: Path, split: str = "") -> Iterator[Row]:
     or CSV with or without a header (Kaggle captions.txt). Raises UserError when it is none.
     """
     text = read_text(path)
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
     if not lines:
         raise UserError(f"{path} is empty; {HOW_TO_GET}")
     head = lines[:5]
@@ -72,7 +72,7 @@ def read_lines(path: Path, split: str = "") -> Iterator[Row]:
     if not rows:
         raise UserError(
             f"{path} holds no captions: no line is `image.jpg,caption`, `image.jpg#0<TAB>caption` "
-            "or `image.jpg| 0| caption`"
+            f"or `image.jpg| 0| caption`; {HOW_TO_GET}"
         )
     yield from rows
 
@@ -85,36 +85,39 @@ def split_bars(line: str) -> tuple[str, str]:
 
 def read_csv(text: str, path: Path) -> Iterator[tuple[str, str]]:
     """Yields (image, caption) of each row; a caption with bare commas is joined again."""
-    image, caption, header = 0, 1, True
+    image, caption, after, header = 0, 1, 0, True  # `after`: how many columns follow the caption
+    other = {"image_name": "image", "comment": "caption"}
     try:
         for row in csv.reader(io.StringIO(text, newline="")):
             if header and any(row):
                 header = False
-                names = [cell.strip().lower() for cell in row]
-                if not is_picture(row[0].strip()) and {"image", "caption"} <= set(names):
+                names = [other.get(cell.strip().lower(), cell.strip().lower()) for cell in row]
+                if {"image", "caption"} <= set(names):
                     image, caption = names.index("image"), names.index("caption")
+                if not is_picture(names[0]) or names[-1].isdigit():  # a header, or an id column
+                    after = max(0, len(names) - 1 - caption)
             if len(row) <= max(image, caption):
                 continue
             if any(cell.count("\n") > 5 for cell in row):
-                raise UserError(f"{path}: a quote that opens at {row[image]!r} is never closed")
-            last = caption == len(row) - 1 or ((image, caption) == (0, 1) and len(names) < 3)
-            yield row[image], ", ".join(row[caption:]) if last else row[caption]
+                told = f"a quote that opens at {row[image][:60]!r} is never closed"
+                raise UserError(f"{path}: {told}; {HOW_TO_GET}")
+            yield row[image], ",".join(row[caption : max(caption + 1, len(row) - after)])
     except csv.Error as error:
-        raise UserError(f"{path} cannot be read as CSV: {error}") from error
+        raise UserError(f"{path} cannot be read as CSV: {error}; {HOW_TO_GET}") from error
 
 
 def read_json(path: Path) -> dict:
     try:
         return json.loads(read_text(path))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}; {HOW_TO_GET}") from error
 
 
 def read_karpathy(paths: list[Path]) -> Iterator[Row]:
     """Karpathy's dataset_*.json: {"images": [{filename, split, sentences: [{raw}]}]}."""
-    names = {"restval": "train", "val": "dev"}
+    names = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
     for image in read_json(paths[0])["images"]:
-        split = names.get(image.get("split", ""), image.get("split", ""))
+        split = names.get(image.get("split"), "")
         for sentence in image["sentences"]:
             yield Row(image["filename"], sentence["raw"], split)
 
@@ -203,8 +206,9 @@ def find_images(folder: Path) -> dict[str, Path]:
         for place in places:
             with os.scandir(place) as entries:  # by far faster than Path.iterdir on 100,000 files
                 for entry in entries:
-                    if Path(entry.name).suffix.lower() in EXTENSIONS and entry.name[0] != ".":
-                        found.setdefault(entry.name, Path(entry.path))
+                    path = Path(entry.path)
+                    if path.suffix.lower() in EXTENSIONS and path.name[0] != "." and path.is_file():
+                        found.setdefault(path.name, path)
         if found:
             return dict(sorted(found.items()))
     return {}
@@ -232,9 +236,10 @@ def read_folder(folder: Path) -> tuple[str, list[Row]]:
     for layout in LAYOUTS:
         if paths := find_files(folder, layout.patterns):
             try:
-                rows = list(layout.read(paths))
+                rows = [Row(*map(str.strip, row)) for row in layout.read(paths)]
             except (KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{paths[0]} is no {layout.name}: {error!r} in it") from error
+                told = f"{paths[0]} is no {layout.name}: {error!r} in it"
+                raise UserError(f"{told}; {HOW_TO_GET}") from error
             if not rows:
                 raise UserError(f"{paths[0]} holds no captions; {HOW_TO_GET}")
             return f"{layout.name} ({paths[0].name})", rows

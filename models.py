@@ -8,6 +8,7 @@ import math
 import pickle
 import platform
 import shutil
+import struct
 import urllib.error
 import zipfile
 from collections.abc import Callable
@@ -87,8 +88,10 @@ class TextTransformer(nn.Module):
         self.positions = nn.Parameter(torch.zeros(max_tokens, width))
         nn.init.normal_(self.words.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.01)
+        # Heads of 64 numbers or a little more: their count has to divide the width.
+        heads = next(n for n in range(width // 64 or 1, 0, -1) if width % n == 0)
         layer = nn.TransformerEncoderLayer(
-            width, width // 64 or 1, 4 * width, dropout, "gelu", batch_first=True, norm_first=True
+            width, heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True
         )
         self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), False)
         self.width = width
@@ -160,7 +163,7 @@ class CLIP(nn.Module):
     def train(self, mode: bool = True) -> "CLIP":
         """Like nn.Module.train, but a module with all its weights frozen stays in eval mode."""
         super().train(mode)
-        for module in self.modules():
+        for module in list(self.modules())[1:]:  # without the model itself, whose eval() leads here
             weights = list(module.parameters())
             if weights and not any(weight.requires_grad for weight in weights):
                 module.eval()
@@ -185,8 +188,8 @@ class CLIP(nn.Module):
         return torch.autocast(self.logit_scale.device.type, self.autocast)
 
     def scale(self) -> torch.Tensor:
-        """The factor on the cosines, at most MAX_SCALE."""
-        return self.logit_scale.exp().clamp(max=self.MAX_SCALE)
+        """The factor on the cosines, at most MAX_SCALE (which keeps its gradient: it may fall)."""
+        return self.logit_scale.clamp(max=math.log(self.MAX_SCALE)).exp()
 
     def forward(
         self, images: torch.Tensor, tokens: torch.Tensor
@@ -234,7 +237,7 @@ def choose_device(name: str) -> torch.device:
 FORMAT, VERSION = "mini-clip", 1
 NOT_A_CHECKPOINT = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError),
-    *(ValueError, KeyError, TypeError, AttributeError, IndexError),
+    *(ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, struct.error),
 )
 
 
@@ -280,9 +283,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is a checkpoint of another program; give one of train.py")
-    if content["version"] != VERSION:
+    if content.get("version") != VERSION:
         raise UserError(
-            f"{path} has checkpoint version {content['version']}, this code reads {VERSION}; "
+            f"{path} has checkpoint version {content.get('version')}, this code reads {VERSION}; "
             "train again, or use the code that wrote it"
         )
     return content

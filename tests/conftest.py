@@ -1,0 +1,127 @@
+"""Shared by the tests: small photo folders, tiny runs, and the real Flickr8k where it is."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads only wait for one another
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+COLOURS = {
+    "red": (200, 30, 30),
+    "green": (30, 160, 60),
+    "blue": (30, 60, 200),
+    "white": (240, 240, 240),
+    "black": (15, 15, 15),
+    "yellow": (240, 220, 40),
+}
+THINGS = ("dog", "ball", "car", "tree", "boat", "bird")
+FLICKR8K = Path(os.environ.get("FLICKR8K", ROOT.parent / "shared" / "Flickr8k"))
+
+
+def pytest_collection_modifyitems(items):
+    if not FLICKR8K.is_dir():
+        for item in items:
+            if "flickr8k" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=f"no {FLICKR8K}"))
+
+
+@pytest.fixture(scope="session")
+def flickr8k() -> Path:
+    return FLICKR8K
+
+
+def photo(number: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
+    """A picture of one colour with a bar of another and noise; `number` decides them."""
+    generator = np.random.default_rng(number)
+    colours = list(COLOURS.values())
+    pixels = np.empty((size[1], size[0], 3), np.float64)
+    pixels[:] = colours[number % 6]
+    pixels[: 8 + 4 * (number // 6 % 6)] = colours[(number // 6 + number + 1) % 6]
+    return Image.fromarray(
+        (pixels + generator.normal(0, 6, pixels.shape)).clip(0, 255).astype("uint8")
+    )
+
+
+def caption(number: int, which: int) -> str:
+    words = list(COLOURS)
+    top, ground = words[(number // 6 + number + 1) % 6], words[number % 6]
+    thing = THINGS[number // 6 % 6]
+    return (
+        f"A {top} {thing} above {ground} ground .",
+        f"{ground} ground, under a {top} {thing}",
+        f'The {thing} is "{top}" , not {ground}',
+        f"a {thing} in {top} over {ground}",
+        f"{top} {thing} ; {ground} below",
+    )[which]
+
+
+def names(count: int) -> list[str]:
+    return [f"photo_{number:03d}.jpg" for number in range(count)]
+
+
+def write_photos(folder: Path, count: int = 40) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names(count)):
+        photo(number).save(folder / name, quality=92)
+    return names(count)
+
+
+def pairs(count: int) -> list[tuple[str, str]]:
+    return [(name, caption(n, k)) for n, name in enumerate(names(count)) for k in range(5)]
+
+
+def write_kaggle(folder: Path, count: int = 40, header: str | None = "image,caption") -> Path:
+    """A folder in Kaggle's layout: images/ and captions.txt."""
+    write_photos(folder / "images", count)
+    with (folder / "captions.txt").open("w", newline="", encoding="utf-8") as file:
+        if header is not None:
+            file.write(header + "\n")
+        csv.writer(file, lineterminator="\n").writerows(pairs(count))
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return write_kaggle(tmp_path / "photos")
+
+
+@pytest.fixture(scope="session")
+def photo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, made once; only for tests that leave it as it is."""
+    return write_kaggle(tmp_path_factory.mktemp("data") / "photos")
+
+
+TINY = (
+    *("--image-size", "32", "--text-width", "32", "--text-layers", "1", "--embed-dim", "32"),
+    *("--batch-size", "16", "--lr", "0.001", "--precision", "fp32", "--workers", "0"),
+)
+
+
+def script(*words: object, timeout: float = 120, **options) -> subprocess.CompletedProcess[str]:
+    """Runs a script of the project as a user would."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / str(words[0])), *map(str, words[1:])],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        **options,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_run(photo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of three epochs on `photo_data`."""
+    import train
+
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    cache = tmp_path_factory.mktemp("cache")
+    words = ["--data", photo_data, "--out", out, "--epochs", 3, "--cache", cache, *TINY]
+    assert train.main([str(word) for word in words]) == 0
+    return out

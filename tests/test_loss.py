@@ -1,0 +1,143 @@
+"""The loss against a plain loop in float64, closed forms and torch's own cross-entropy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from loss import info_nce
+
+
+def unit(count: int, width: int = 8, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    made = torch.randn(count, width, generator=generator, dtype=torch.float64)
+    return F.normalize(made, dim=1)
+
+
+def loop(images: np.ndarray, texts: np.ndarray, scale: float, ids: list[int]) -> float:
+    count, total = len(ids), 0.0
+    for i in range(count):
+        for queries, pool in ((images, texts), (texts, images)):
+            terms = [math.exp(scale * float(queries[i] @ pool[j])) for j in range(count)]
+            own = sum(term for term, other in zip(terms, ids, strict=True) if other == ids[i])
+            total -= math.log(own / sum(terms)) / (2 * count)
+    return total
+
+
+IDS = {
+    "all differ": list(range(9)),
+    "duplicates": [0, 0, 1, 2, 2, 2, 3, 4, 4],
+    "unsorted": [7, -1, 7, 30, -1, 2, 7, 5, 10**12],
+    "one image": [3] * 9,
+}
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+def test_against_a_loop(ids, scale):
+    images, texts = unit(9), unit(9, seed=1)
+    wanted = loop(images.numpy(), texts.numpy(), scale, ids)
+    assert info_nce(images, texts, scale, torch.tensor(ids)).item() == pytest.approx(wanted, 1e-9)
+    single = info_nce(images.float(), texts.float(), torch.tensor(scale), torch.tensor(ids))
+    assert single.dtype == torch.float32 and single.shape == ()
+    assert single.item() == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("ids", [None, torch.tensor([5, 3, 8, 1, 0, 9])])
+def test_without_duplicates_it_is_cross_entropy(ids):
+    images, texts, place = unit(6), unit(6, seed=1), torch.arange(6)
+    logits = 20 * images @ texts.T
+    wanted = (F.cross_entropy(logits, place) + F.cross_entropy(logits.T, place)) / 2
+    torch.testing.assert_close(info_nce(images, texts, 20.0, ids), wanted)
+
+
+@pytest.mark.parametrize(("count", "scale"), [(2, 1.0), (5, 3.0), (64, 1 / 0.07)])
+def test_closed_form_of_orthogonal_embeddings(count, scale):
+    same = torch.eye(count, dtype=torch.float64)
+    wanted = math.log(1 + (count - 1) * math.exp(-scale))
+    assert info_nce(same, same, scale).item() == pytest.approx(wanted, 1e-9)
+
+
+def test_closed_form_of_indifferent_embeddings():
+    same = unit(1).expand(12, -1)
+    assert info_nce(same, same, 50.0).item() == pytest.approx(math.log(12))
+    halves = torch.arange(12) // 6  # half of the batch is the query's own
+    assert info_nce(same, same, 50.0, halves).item() == pytest.approx(math.log(2))
+
+
+def test_gradcheck():
+    ids = torch.tensor([0, 1, 1, 2, 0])
+    inputs = (unit(5, 4), unit(5, 4, seed=1), torch.tensor(3.0, dtype=torch.float64))
+    for wanted in inputs:
+        wanted.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *given: info_nce(*given, ids), inputs)
+    assert torch.autograd.gradcheck(lambda *given: info_nce(*given), inputs)
+
+
+def test_a_batch_of_one_has_no_loss():
+    image, text = unit(1).float().requires_grad_(), unit(1, seed=1).float().requires_grad_()
+    scale = torch.tensor(14.3, requires_grad=True)
+    loss = info_nce(image, text, scale)
+    loss.backward()
+    assert loss.item() == 0
+    for leaf in (image, text, scale):
+        assert (leaf.grad == 0).all()
+
+
+def test_captions_of_one_image_are_never_negatives():
+    ids = torch.tensor([0, 0, 1, 2, 2, 2, 3])
+    same = ids[:, None] == ids
+    for seed in range(20):
+        # With the unit matrix for images, the texts' transpose is the matrix of cosines itself.
+        cosines = torch.empty(7, 7, dtype=torch.float64).uniform_(
+            -1, 1, generator=torch.Generator().manual_seed(seed)
+        )
+        cosines.requires_grad_()
+        info_nce(torch.eye(7, dtype=torch.float64), cosines.T, 10.0, ids).backward()
+        assert (cosines.grad[same] <= 0).all() and (cosines.grad[~same] >= 0).all()
+        assert cosines.grad.abs().max() > 1e-4
+
+
+def test_symmetric_and_indifferent_to_order():
+    images, texts = unit(9), unit(9, seed=1)
+    ids = torch.tensor(IDS["duplicates"])
+    loss = info_nce(images, texts, 14.3, ids)
+    torch.testing.assert_close(info_nce(texts, images, 14.3, ids), loss)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(info_nce(images[order], texts[order], 14.3, ids[order]), loss)
+    torch.testing.assert_close(info_nce(images, texts, 14.3, ids * -3 + 5), loss)
+
+
+@pytest.mark.parametrize("ids", [None, torch.tensor(IDS["duplicates"])])
+@pytest.mark.parametrize("scale", [1e4, 1e20, 1e30])
+def test_a_huge_scale_stays_finite(scale, ids):
+    images, texts = unit(9).float().requires_grad_(), unit(9, seed=1).float().requires_grad_()
+    loss = info_nce(images, texts, torch.tensor(scale), ids)
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert images.grad.isfinite().all() and texts.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "ids"),
+    [
+        ((4, 8), (5, 8), None),
+        ((4, 8), (4, 7), None),
+        ((4,), (4,), None),
+        ((1, 4, 8), (1, 4, 8), None),
+        ((4, 8), (4, 8), (3,)),
+        ((4, 8), (4, 8), (1,)),
+        ((4, 8), (4, 8), ()),
+        ((4, 8), (4, 8), (4, 1)),
+    ],
+)
+def test_shapes_that_do_not_fit(images, texts, ids):
+    with pytest.raises(ValueError):
+        info_nce(
+            torch.ones(images),
+            torch.ones(texts),
+            1.0,
+            None if ids is None else torch.zeros(ids, dtype=torch.int64),
+        )

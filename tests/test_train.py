@@ -1,0 +1,458 @@
+"""Training as a user meets it: runs, interruptions, resuming to the same bits, what is refused."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, script, write_kaggle
+
+import train
+from cli import UserError
+from models import load_checkpoint
+
+
+def run_train(*words: object) -> int:
+    return train.main([str(word) for word in words])
+
+
+def start(data: Path, out: Path, cache: Path, *more: object) -> list[str]:
+    return [str(w) for w in ("--data", data, "--out", out, "--cache", cache, *TINY, *more)]
+
+
+def flat(content: object, place: str = "") -> dict[str, object]:
+    """Every leaf of a checkpoint by its place, so that two can be compared bit by bit."""
+    if isinstance(content, dict):
+        items = [(str(key), value) for key, value in content.items()]
+    elif isinstance(content, (list, tuple)):
+        items = [(str(key), value) for key, value in enumerate(content)]
+    else:
+        return {place: content}
+    leaves: dict[str, object] = {}
+    for key, value in items:
+        leaves |= flat(value, f"{place}/{key}")
+    return leaves
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same bits in everything but the clock."""
+    first, second = (flat(load_checkpoint(path)) for path in (one, other))
+    assert first.keys() == second.keys()
+    for place, value in first.items():
+        if place.endswith(("/seconds", "/images_per_second")):
+            continue
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, second[place]), place
+        else:
+            assert value == second[place], place
+
+
+# ------------------------------------------------------------------------------ what a run leaves
+
+
+def test_run_leaves_what_it_names(tiny_run: Path):
+    present = {path.name for path in tiny_run.iterdir()}
+    assert present == {"best.pt", "last.pt", "history.csv", "curves.png", "config.json"}
+    with (tiny_run / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    wanted = {
+        "train_loss",
+        "dev_loss",
+        "top1_i2t",
+        "top1_t2i",
+        "logit_scale",
+        "mean_recall",
+        "rsum",
+    }
+    for way in ("i2t", "t2i"):
+        wanted |= {f"{way}_{key}" for key in ("r1", "r5", "r10", "medr", "meanr")}
+    assert wanted <= rows[0].keys()
+    assert float(rows[2]["train_loss"]) < float(rows[0]["train_loss"])
+    best = load_checkpoint(tiny_run / "best.pt")
+    scores = [float(row["mean_recall"]) for row in rows]
+    assert best["epoch"] == 1 + scores.index(max(scores))
+
+
+def test_checkpoint_is_plain_and_whole(tiny_run: Path):
+    content = torch.load(tiny_run / "last.pt", weights_only=True)
+    for key in ("config", "vocabulary", "transform", "history", "random_states", "versions"):
+        assert content[key], key
+    assert content["fingerprint"] and content["optimizer"]["state"]
+    assert content["versions"]["torch"] == str(torch.__version__)
+    assert len(content["train_images"]["names"]) == 30  # 40 photos less 5 for dev and 5 for test
+    assert json.loads((tiny_run / "config.json").read_text()) == content["config"]
+
+
+def test_same_seed_same_bits_and_workers_do_not_matter(photos: Path, tmp_path: Path):
+    for name, more in (("a", []), ("b", ["--workers", 2]), ("c", ["--seed", 1])):
+        assert (
+            run_train(*start(photos, tmp_path / name, tmp_path / "c0", "--epochs", 1), *more) == 0
+        )
+    a, b, c = (load_checkpoint(tmp_path / name / "last.pt")["model"] for name in "abc")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_output_names_what_was_written(photos: Path, tmp_path: Path, capsys):
+    run_train(*start(photos, tmp_path / "run", tmp_path / "cache", "--epochs", 1))
+    told = capsys.readouterr()
+    assert told.err == ""
+    lines = told.out.splitlines()
+    assert lines[0].startswith(f"data {photos}") and "fingerprint" in lines[0]
+    assert lines[-1].startswith(f"wrote {tmp_path / 'run'}: best.pt (epoch 1")
+
+
+@pytest.mark.parametrize("tower", ["transformer", "lstm"])
+@pytest.mark.parametrize("more", [[], ["--captions-per-image", "3"], ["--fixed-temperature"]])
+def test_towers_and_several_captions_learn(
+    photo_data: Path, tmp_path: Path, tower: str, more: list
+):
+    words = start(photo_data, tmp_path / "run", tmp_path / "cache", "--epochs", 6)
+    assert run_train(*words, "--text-tower", tower, "--image-augment", "light", *more) == 0
+    history = load_checkpoint(tmp_path / "run" / "last.pt")["history"]
+    assert history[-1]["train_loss"] < 0.9 * history[0]["train_loss"]
+    fixed = "--fixed-temperature" in more
+    assert (abs(history[-1]["logit_scale"] - 1 / 0.07) < 1e-4) == fixed
+
+
+@pytest.mark.parametrize(("batch", "limit"), [(29, 30), (2, 5), (64, 2)])
+def test_short_and_odd_batches(photo_data: Path, tmp_path: Path, batch: int, limit: int):
+    words = start(photo_data, tmp_path / "run", tmp_path / "cache", "--epochs", 1)
+    assert run_train(*words, "--batch-size", batch, "--limit", limit) == 0
+    record = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert math.isfinite(record["history"][0]["train_loss"])
+    assert len(record["train_images"]["names"]) == limit
+
+
+def test_limit_leaves_dev_whole(photo_data: Path, tmp_path: Path, capsys):
+    words = start(photo_data, tmp_path / "run", tmp_path / "cache", "--epochs", 1)
+    run_train(*words, "--limit", 8)
+    assert "8 images in 1 batches; chance on dev: R@1 20.00%" in capsys.readouterr().out
+    run_train(
+        *start(photo_data, tmp_path / "all", tmp_path / "cache", "--epochs", 1, "--limit", 999)
+    )
+    assert "there are 30 training images, all are used" in capsys.readouterr().err
+
+
+def test_patience_stops_early(photo_data: Path, tmp_path: Path, capsys):
+    words = start(photo_data, tmp_path / "run", tmp_path / "cache", "--epochs", 50, "--patience", 1)
+    assert run_train(*words, "--lr", 1e-12) == 0
+    history = load_checkpoint(tmp_path / "run" / "last.pt")["history"]
+    assert len(history) < 50
+    assert history[-1]["mean_recall"] <= history[-2]["mean_recall"]
+    assert "stopped early" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------- stopping and resuming
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 60) -> None:
+    until = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until, f"no {path}"
+        time.sleep(0.01)
+
+
+def spawn(words: list[str]) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "train.py"), *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+EPOCHS = 12
+
+
+@pytest.fixture(scope="module")
+def straight(photo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run never stopped, the reference of the stopped ones."""
+    place = tmp_path_factory.mktemp("straight")
+    assert run_train(*start(photo_data, place / "run", place / "cache", "--epochs", EPOCHS)) == 0
+    return place / "run"
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.1])
+def test_killed_run_resumes_to_the_same_bits(
+    photo_data: Path, straight: Path, tmp_path: Path, delay: float
+):
+    """SIGKILL at some moments between and inside epochs; each time a second process goes on."""
+    out = tmp_path / "run"
+    process = spawn(start(photo_data, out, tmp_path / "cache", "--epochs", EPOCHS))
+    wait_for(out / "last.pt", process)
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+    done = load_checkpoint(out / "last.pt")["epoch"]
+    assert 1 <= done < EPOCHS
+    assert run_train("--resume", out, "--cache", tmp_path / "cache") == 0
+    for name in ("last.pt", "best.pt"):
+        assert_same_run(straight / name, out / name)
+    assert not [path for path in out.iterdir() if path.name.startswith(".")] or delay
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_the_last_whole_epoch(
+    photo_data: Path, straight: Path, tmp_path: Path, signum: int, code: int
+):
+    out = tmp_path / "run"
+    process = spawn(start(photo_data, out, tmp_path / "cache", "--epochs", EPOCHS))
+    wait_for(out / "last.pt", process)
+    process.send_signal(signum)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert told.count("\n") == 1 and f"python train.py --resume {out}" in told
+    assert {path.name for path in out.iterdir()} <= {
+        *("best.pt", "last.pt", "history.csv", "curves.png", "config.json")
+    }
+    assert run_train("--out", out, "--resume", "--cache", tmp_path / "cache") == 0
+    assert_same_run(straight / "last.pt", out / "last.pt")
+
+
+def test_resume_goes_further_and_says_when_finished(photos: Path, tmp_path: Path, capsys):
+    out, cache = tmp_path / "run", tmp_path / "cache"
+    run_train(*start(photos, out, cache, "--epochs", 1))
+    assert run_train("--resume", out / "last.pt", "--cache", cache) == 0
+    assert "this run is finished after 1 epochs" in capsys.readouterr().out
+    assert run_train("--resume", out, "--epochs", 2, "--workers", 2, "--cache", cache) == 0
+    assert load_checkpoint(out / "last.pt")["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--lr", "0.5"], ["--image_tower", "resnet50"], ["--seed", "3"], ["--data", "shapes"]],
+)
+def test_resume_refuses_other_flags(tiny_run: Path, words: list[str]):
+    before = (tiny_run / "last.pt").read_bytes()
+    with pytest.raises(UserError, match=f"{words[0].replace('_', '-')} .* differs from the run's"):
+        run_train("--resume", tiny_run, "--epochs", 9, *words)
+    assert (tiny_run / "last.pt").read_bytes() == before
+
+
+def test_resume_takes_a_flag_typed_with_the_same_value(tiny_run: Path, capsys):
+    assert run_train("--resume", tiny_run, "--lr", "0.001", "--batch_size", 16) == 0
+    assert "finished" in capsys.readouterr().out
+
+
+def test_resume_refuses_other_data(photos: Path, tmp_path: Path):
+    out, cache = tmp_path / "run", tmp_path / "cache"
+    run_train(*start(photos, out, cache, "--epochs", 1))
+    text = (photos / "captions.txt").read_text()
+    (photos / "captions.txt").write_text(text.replace("dog", "cat", 1))
+    with pytest.raises(UserError, match="the data has changed"):
+        run_train("--resume", out, "--epochs", 2, "--cache", cache)
+
+
+def test_resume_refuses_another_model(tiny_run: Path, tmp_path: Path):
+    content = torch.load(tiny_run / "last.pt", weights_only=True)
+    content["config"]["image_tower"] = "resnet50"
+    torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(UserError, match="holds another model"):
+        run_train("--resume", tmp_path, "--epochs", 9)
+
+
+# -------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["--lr", value] for value in ("-1", "0", "nan", "inf", "1e9", "much")),
+        *(["--batch-size", value] for value in ("0", "1", "-4", "1e3", "99999999999")),
+        *(["--epochs", value] for value in ("0", "-1", "2.5")),
+        *(["--temperature", value] for value in ("0", "-1", "nan")),
+        *(
+            [flag, "-1"]
+            for flag in ("--weight-decay", "--warmup", "--workers", "--seed", "--limit")
+        ),
+        *([flag, "0"] for flag in ("--image-size", "--embed-dim", "--patience", "--max-tokens")),
+        ["--image-tower", "resnet1"],
+        ["--text-tower", "bert2"],
+        ["--precision", "fp16", "--device", "cpu"],
+        ["--no-such-flag"],
+        ["stray"],
+    ],
+)
+def test_flags_out_of_range(photo_data: Path, tmp_path: Path, words: list[str]):
+    with pytest.raises(UserError) as caught:
+        run_train(*start(photo_data, tmp_path / "run", tmp_path / "cache"), *words)
+    assert words[0] in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_tower_lists_the_known(photo_data: Path):
+    with pytest.raises(UserError, match=r"resnet18.*resnet50"):
+        run_train("--data", photo_data, "--image-tower", "vgg")
+
+
+def test_folder_with_a_run_is_refused(photo_data: Path, tiny_run: Path, tmp_path: Path):
+    before = {path: path.read_bytes() for path in tiny_run.iterdir()}
+    with pytest.raises(UserError, match=r"already holds a run .* --resume"):
+        run_train(*start(photo_data, tiny_run, tmp_path / "cache"))
+    assert {path: path.read_bytes() for path in tiny_run.iterdir()} == before
+
+
+def test_out_that_cannot_be_written(photo_data: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("here")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=r"file"):
+            run_train(*start(photo_data, out, tmp_path / "cache"))
+    assert (tmp_path / "file").read_text() == "here"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_full_disk_keeps_the_last_checkpoint(photos: Path, tmp_path: Path, monkeypatch):
+    """The disk fills up in epoch 2: one line, and epoch 1's checkpoint is whole."""
+    out, cache, real, calls = tmp_path / "run", tmp_path / "cache", torch.save, []
+
+    def full(content, path):
+        calls.append(path)
+        if len(calls) < 2:
+            return real(content, path)
+        Path(path).write_bytes(b"half")
+        with Path("/dev/full").open("wb") as file:
+            file.write(b"x")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"cannot write .*last.pt: No space left"):
+        run_train(*start(photos, out, cache, "--epochs", 3))
+    monkeypatch.undo()
+    assert load_checkpoint(out / "last.pt")["epoch"] == 1
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_one_line_and_exit_code_2(tmp_path: Path):
+    done = script("train.py", "--data", tmp_path / "nowhere", "--out", tmp_path / "run")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("train.py: error: ")
+    assert "cloud.tsinghua.edu.cn" in done.stderr and "--data shapes" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------- loss and embeddings gone
+
+
+def test_loss_that_is_not_finite_stops(photos: Path, tmp_path: Path, monkeypatch):
+    out, cache, real, calls = tmp_path / "run", tmp_path / "cache", train.info_nce, []
+
+    def diverging(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(train, "info_nce", diverging)
+    with pytest.raises(UserError, match=r"epoch 2, batch 2: the loss is nan"):
+        run_train(*start(photos, out, cache, "--epochs", 3))
+    assert load_checkpoint(out / "last.pt")["epoch"] == 1
+
+
+def test_a_rate_far_too_high_ends_in_one_line_or_in_a_whole_run(photos: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    words = start(photos, out, tmp_path / "cache", "--epochs", 6, "--lr", 10, "--grad-clip", 0)
+    try:
+        run_train(*words)
+    except UserError as error:
+        assert "epoch" in str(error) and "training is stopped" in str(error)
+    for path in out.glob("*.pt"):
+        weights = load_checkpoint(path)["model"]
+        assert all(w.isfinite().all() for w in weights.values() if w.is_floating_point())
+
+
+def test_collapse_stops_and_a_fresh_model_does_not(photo_data: Path, tmp_path: Path):
+    same = torch.nn.functional.normalize(torch.randn(1, 64), dim=1).expand(32, 64)
+    spread = torch.nn.functional.normalize(torch.randn(32, 64), dim=1)
+    with pytest.raises(UserError, match="all image embeddings are the same point"):
+        train.check_spread(same, spread, "epoch 1")
+    with pytest.raises(UserError, match="all text embeddings are the same point"):
+        train.check_spread(spread, same, "epoch 1")
+    train.check_spread(same[:4], spread, "a batch too small to tell")
+    with pytest.raises(UserError, match="an image embedding is not finite"):
+        train.check_spread(spread * float("nan"), spread, "epoch 1")
+    for tower in ("resnet18", "resnet50"):
+        for text in ("transformer", "lstm"):
+            words = ["--image-tower", tower, "--text-tower", text, "--lr", 1e-12, "--warmup", 0]
+            place = start(photo_data, tmp_path / (tower + text), tmp_path / "cache", "--epochs", 1)
+            assert run_train(*place, *words) == 0
+
+
+# ------------------------------------------------------------------------------ the schedule
+
+
+def test_learning_rate_against_the_closed_form():
+    rates = [train.learning_rate(step, 100, 10, 2.0) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    expected = 1 + np.cos(np.pi * np.arange(90) / 90)
+    assert rates[10:] == pytest.approx(expected.tolist())
+    assert train.learning_rate(0, 5, 0, 1.0) == 1.0
+    assert all(0 < train.learning_rate(step, 3, 300, 1.0) <= 1 for step in range(3))
+
+
+def test_no_decay_on_norms_biases_and_scale(photo_data: Path, tmp_path: Path):
+    config = train.resolve({"data": "shapes"}, train.build_parser().defaults())
+    tokenizer = train.Tokenizer.train(["a dog"], 1, 8)
+    model = train.build_model(config, train.image_transform(config), tokenizer)
+    groups = train.build_optimizer(model, config).param_groups
+    decayed = {id(weight) for weight in groups[0]["params"]}
+    assert groups[0]["weight_decay"] == config["weight_decay"] and groups[1]["weight_decay"] == 0
+    for name, weight in model.named_parameters():
+        plain = weight.ndim >= 2
+        assert (id(weight) in decayed) == plain, name
+        if "bias" in name or "norm" in name or name == "logit_scale":
+            assert not plain, name
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_precision_follows_the_device(monkeypatch):
+    cpu = torch.device("cpu")
+    for native, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(
+            torch.cpu, "_is_avx512_bf16_supported", lambda n=native: n, raising=False
+        )
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+        assert train.choose_precision("auto", cpu) == expected
+    assert train.choose_precision("auto", torch.device("mps")) == "fp32"
+    assert train.choose_precision("bf16", cpu) == "bf16"
+    for supported, expected in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda s=supported: s)
+        assert train.choose_precision("auto", torch.device("cuda")) == expected
+
+
+def test_bf16_trains(photo_data: Path, tmp_path: Path):
+    words = start(photo_data, tmp_path / "run", tmp_path / "cache", "--epochs", 2)
+    assert run_train(*words, "--precision", "bf16") == 0
+    history = load_checkpoint(tmp_path / "run" / "last.pt")["history"]
+    assert history[1]["train_loss"] < history[0]["train_loss"]
+
+
+# ------------------------------------------------------------------------------- real data
+
+
+@pytest.mark.flickr8k
+def test_real_photographs_learn(flickr8k: Path, tmp_path: Path):
+    words = ["--data", flickr8k, "--out", tmp_path / "run", "--cache", tmp_path / "cache"]
+    small = ["--image-size", 32, "--limit", 600, "--epochs", 3, "--batch-size", 64]
+    assert run_train(*words, *small) == 0
+    content = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert content["history"][-1]["train_loss"] < content["history"][0]["train_loss"]
+    assert content["history"][-1]["t2i_meanr"] < 480  # chance: 500.5 of 1,000
+    assert os.access(flickr8k, os.R_OK)
+
+
+def test_split_by_caption_is_remembered(tmp_path: Path, capsys):
+    data = write_kaggle(tmp_path / "course")
+    rows = (data / "captions.txt").read_text().splitlines()[1:]
+    for name, part in (("train", 0), ("val", 3), ("test", 4)):
+        chosen = [
+            r for i, r in enumerate(rows) if (i % 5 in (0, 1, 2) if part == 0 else i % 5 == part)
+        ]
+        (data / f"{name}_captions.txt").write_text("image,caption\n" + "\n".join(chosen) + "\n")
+    words = start(data, tmp_path / "run", tmp_path / "cache", "--epochs", 1)
+    assert run_train(*words, "--splits", "given") == 0
+    assert "40 of its 40 test images are also training images" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "run" / "best.pt")["split_by_caption"] is True
