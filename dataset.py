@@ -319,7 +319,7 @@ class Feed:
 
     pixels: np.ndarray
     split: Split
-    tokens: torch.Tensor  # (captions, L), padded
+    tokens: np.ndarray  # (captions, L), padded
     batch_size: int
     captions_per_image: int
     seed: int
@@ -345,11 +345,12 @@ class Feed:
         return [(part, captions[part].ravel()) for part in np.array_split(order, self.batches())]
 
     def fetch(self, planned: tuple[np.ndarray, np.ndarray]) -> Batch:
+        """In NumPy alone: torch in a second thread would wake a second set of its own threads."""
         images, captions = planned
         tokens = self.tokens[captions]
-        longest = int((tokens != Tokenizer.PAD).sum(1).max())
-        rows = self.split.images[images]
-        return Batch(torch.from_numpy(self.pixels[rows]), tokens[:, :longest])
+        longest = (tokens != Tokenizer.PAD).sum(1).max()
+        pixels = self.pixels[self.split.images[images]]
+        return Batch(torch.from_numpy(pixels), torch.from_numpy(tokens[:, :longest]))
 
     def epoch(self, epoch: int, ahead: bool) -> Iterator[Batch]:
         """The batches of an epoch; with `ahead` a thread fetches the next while one is used."""

@@ -192,13 +192,16 @@ def zero_shot(
         raise UserError(f"{folder} holds no picture; it needs a folder of pictures for each class")
     inner = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
     found = {place: find_pictures(place) for place in inner}
+    few = UserError(f"{folder} needs two class folders with readable pictures or more")
     if sum(map(bool, found.values())) < 2:
-        raise UserError(f"{folder} needs two class folders with pictures or more")
+        raise few
     paths = [path for files in found.values() for path in files]
     images, kept = embed_pictures(model, paths, transform, workers)
     places = [place for place, files in found.items() if not set(kept).isdisjoint(files)]
     if empty := [place.name for place in inner if place not in places]:
         warn(f"class folders without a readable picture are left out: {', '.join(empty)}")
+    if len(places) < 2:
+        raise few
     classes = [re.sub(r"[_\-\s]+", " ", p.name).strip().lower() for p in places]
     if twice := {name for name in classes if classes.count(name) > 1}:
         raise UserError(f"{folder} has two class folders for {', '.join(sorted(twice))}; join them")

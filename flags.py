@@ -12,10 +12,23 @@ from images import AUGMENTATIONS
 from models import IMAGE_TOWERS, TEXT_TOWERS
 
 # Flags left out take these, measured on 2 cores (README, "Choices"): photographs need the larger
-# input and gain from crops; in `shapes` a mirrored or cropped scene contradicts its captions.
+# input and gain from crops; in `shapes` a mirrored or cropped scene contradicts its captions, and
+# a large batch holds the near misses that teach the difference.
 PER_DATA = {
-    "shapes": {"image_size": 64, "image_augment": "none", "stem": "imagenet", "epochs": 5},
-    "photographs": {"image_size": 96, "image_augment": "light", "stem": "imagenet", "epochs": 15},
+    "shapes": {
+        "image_size": 64,
+        "image_augment": "none",
+        "batch_size": 256,
+        "lr": 1.5e-3,
+        "epochs": 5,
+    },
+    "photographs": {
+        "image_size": 96,
+        "image_augment": "light",
+        "batch_size": 128,
+        "lr": 1e-3,
+        "epochs": 15,
+    },
 }
 MAY_CHANGE = ("workers", "device", "epochs", "resume", "cache", "out")  # when a run is resumed
 
@@ -46,8 +59,8 @@ def build_parser() -> Parser:
     flag("--image-tower", choices=IMAGE_TOWERS, default="resnet18")
     told = "start from torchvision's weights, or from a file like theirs"
     flag("--image-weights", default="none", metavar="none|imagenet|PATH", help=told)
-    told = f"the ResNet's first layers ({per_data('stem')})"
-    flag("--stem", choices=("imagenet", "small"), help=told)
+    told = "the ResNet's first layers; small: 3 x 3 and no pooling, for small pictures"
+    flag("--stem", choices=("imagenet", "small"), default="imagenet", help=told)
     flag("--text-tower", choices=TEXT_TOWERS, default="transformer")
     flag("--text-width", type=number(int, 8, 4096), default=256, help="of its word embeddings")
     flag("--text-layers", type=number(int, 1, 48), default=2)
@@ -59,10 +72,10 @@ def build_parser() -> Parser:
 
     flag = parser.add_argument_group("training").add_argument
     flag("--epochs", type=number(int, 1, 100_000), help=f"({per_data('epochs')})")
-    told = "images; two at least, for a pair alone has no negatives"
-    flag("--batch-size", type=number(int, 2, 65_536), default=64, help=told)
-    told = "AdamW's learning rate at its peak"
-    flag("--lr", type=number(float, 0, 10, above=True), default=1e-3, help=told)
+    told = f"images; two at least, for a pair alone has no negatives ({per_data('batch_size')})"
+    flag("--batch-size", type=number(int, 2, 65_536), help=told)
+    told = f"AdamW's learning rate at its peak ({per_data('lr')})"
+    flag("--lr", type=number(float, 0, 10, above=True), help=told)
     told = "not on norms, biases and logit_scale"
     flag("--weight-decay", type=number(float, 0, 10), default=0.1, help=told)
     told = "epochs of linear warm-up; a cosine down to 0 follows"

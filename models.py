@@ -188,8 +188,9 @@ class CLIP(nn.Module):
         return torch.autocast(self.logit_scale.device.type, self.autocast)
 
     def scale(self) -> torch.Tensor:
-        """The factor on the cosines, at most MAX_SCALE (which keeps its gradient: it may fall)."""
-        return self.logit_scale.clamp(max=math.log(self.MAX_SCALE)).exp()
+        """The factor on the cosines, at most MAX_SCALE; there it still has its gradient."""
+        # train.py holds logit_scale at the limit itself, where clamp would give no gradient.
+        return self.logit_scale.clamp(max=math.log(self.MAX_SCALE) + 1e-6).exp()
 
     def forward(
         self, images: torch.Tensor, tokens: torch.Tensor
@@ -242,7 +243,8 @@ NOT_A_CHECKPOINT = (
 
 
 def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:120]
+    """The first line of an error, without the advice that torch's go on with."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0].split(". ")[0][:120]
 
 
 def save_checkpoint(path: Path, content: dict[str, Any], copy: Path | None = None) -> None:

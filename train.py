@@ -323,7 +323,7 @@ def prepare(
     feed = Feed(
         dataset.pixels,
         split,
-        tokenizer(split.captions),
+        tokenizer(split.captions).numpy(),
         config["batch_size"],
         config["captions_per_image"],
         config["seed"],

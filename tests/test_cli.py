@@ -17,6 +17,10 @@ import train
 from cli import Parser, UserError, atomic_write, dashed, number, warn
 
 
+def listed(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def make_parser() -> Parser:
     parser = Parser(prog="x")
     parser.add_argument("place", nargs="?", type=Path)
@@ -125,7 +129,7 @@ def test_atomic_write_replaces_the_old_file_whole(tmp_path):
             assert temporary.parent == path.parent and temporary.suffix == ".txt"
             temporary.write_text(text)
         assert path.read_text() == text
-        assert os.listdir(path.parent) == ["a.txt"]
+        assert listed(path.parent) == ["a.txt"]
     umask = os.umask(0)
     os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
@@ -139,16 +143,20 @@ def test_atomic_write_leaves_nothing_half_written(tmp_path, error):
         with pytest.raises(wanted), atomic_write(tmp_path / name) as temporary:
             temporary.write_text("half")
             raise error
-    assert os.listdir(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
+    assert listed(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "old"
 
 
 def test_atomic_write_into_what_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "file" / "a.txt", tmp_path / "file" / "b" / "a.txt", tmp_path / "folder"):
+    for path in (
+        tmp_path / "file" / "a.txt",
+        tmp_path / "file" / "b" / "a.txt",
+        tmp_path / "folder",
+    ):
         with pytest.raises(UserError, match="cannot write"), atomic_write(path) as temporary:
             temporary.write_text("x")
-    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    assert listed(tmp_path) == ["file", "folder"]
 
 
 def test_atomic_write_into_an_unwritable_folder(tmp_path, monkeypatch):
@@ -160,10 +168,10 @@ def test_atomic_write_into_an_unwritable_folder(tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr("tempfile.mkstemp", refuse)
-    with pytest.raises(UserError, match="cannot write .*: Permission denied"):
-        with atomic_write(closed / "a.txt"):
-            pass
-    assert os.listdir(closed) == []
+    wanted = pytest.raises(UserError, match=r"cannot write .*: Permission denied")
+    with wanted, atomic_write(closed / "a.txt"):
+        pass
+    assert listed(closed) == []
 
 
 # ---------------------------------------------------------------------------------- run, warn

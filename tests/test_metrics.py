@@ -9,7 +9,6 @@ import pytest
 from conftest import ROOT
 from sklearn.metrics import top_k_accuracy_score
 
-import metrics
 from metrics import (
     KS,
     bootstrap_intervals,
@@ -49,7 +48,9 @@ def scene(count: int, seed: int = 0, noise: float = 1.0, width: int = 6):
     generator.shuffle(owner)
     images = generator.normal(size=(count, width))
     texts = images[owner] + noise * generator.normal(size=(len(owner), width))
-    made = [(x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32) for x in (images, texts)]
+    made = [
+        (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32) for x in (images, texts)
+    ]
     return *made, owner
 
 
@@ -149,7 +150,9 @@ def test_everything_nan_scores_nothing():
 @pytest.mark.parametrize("which", ["images", "texts", "both"])
 def test_a_constant_embedding_is_no_better_than_chance(which):
     for seed in range(5):
-        images, texts, owner = scene(50, seed, noise=0.1)
+        images = scene(50, seed)[0]
+        owner = np.arange(250) % 50  # as many captions each: chance is the same for all
+        texts = images[owner]
         if which != "texts":
             images[:] = images[0]
         if which != "images":
@@ -232,28 +235,28 @@ import numpy as np, torch
 torch.set_num_threads(2)
 from metrics import retrieval_ranks
 generator = np.random.default_rng(0)
+def peak():
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss begins with the parent's, which is pytest with all its modules
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 owner = np.arange({captions}) % {images}
 images = generator.normal(size=({images}, 64)).astype(np.float32)
 texts = images[owner] + generator.normal(size=({captions}, 64)).astype(np.float32)
+before = peak()
 i2t, t2i = retrieval_ranks(images, texts, owner)
 assert (i2t == 1).mean() > 0.9 and (t2i <= 10).mean() > 0.9
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-status = Path("/proc/self/status")
-if status.exists():  # ru_maxrss begins with the parent's, which is pytest with all its modules
-    peak = int(status.read_text().split("VmHWM:")[1].split()[0])
-print(peak * (1 if sys.platform == "darwin" else 1024))
+print(before, peak())
 """
 
 
 def test_memory_does_not_grow_with_the_matrix():
-    """As a matrix these scores would take 2 GB in float32 and 4 GB in float64."""
-    code = MEMORY.format(images=10_000, captions=50_000)
+    """As a matrix these scores would take 0.5 GB in float32 and 1 GB in float64."""
+    code = MEMORY.format(images=5_000, captions=25_000)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 1e9
-
-
-def test_no_constant_hides_a_difference_of_float32():
-    assert metrics.TIE < np.finfo(np.float32).eps ** 1.5
+    before, after = map(int, done.stdout.split())
+    assert after < 1e9 and after - before < 3e8
