@@ -100,6 +100,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = None
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path  # /dev/stdout and the like are written to, never replaced
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(

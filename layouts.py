@@ -233,15 +233,19 @@ def read_folder(folder: Path) -> tuple[str, list[Row]]:
     if not folder.is_dir():
         problem = "is a file; give the folder" if folder.is_file() else "does not exist"
         raise UserError(f"{folder} {problem}; {HOW_TO_GET}")
+    other = None  # a file of a layout's name but of another kind, such as dataset_info.json
     for layout in LAYOUTS:
         if paths := find_files(folder, layout.patterns):
             try:
                 rows = [Row(*map(str.strip, row)) for row in layout.read(paths)]
             except (KeyError, TypeError, AttributeError) as error:
                 told = f"{paths[0]} is no {layout.name}: {error!r} in it"
-                raise UserError(f"{told}; {HOW_TO_GET}") from error
+                other = other or UserError(f"{told}; {HOW_TO_GET}")
+                continue
             if not rows:
                 raise UserError(f"{paths[0]} holds no captions; {HOW_TO_GET}")
             return f"{layout.name} ({paths[0].name})", rows
+    if other:
+        raise other
     wanted = ", ".join(pattern for layout in LAYOUTS for pattern in layout.patterns)
     raise UserError(f"{folder} has no captions file (any of {wanted}); {HOW_TO_GET}")

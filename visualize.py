@@ -32,7 +32,7 @@ PALETTE = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F
 GREEN, RED, GREY, INK = PALETTE[2], PALETTE[3], "#777777", "#222222"
 STYLE = {
     **{"font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "text.color": INK},
-    **{"axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False},
+    **{"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False},
     **{"axes.prop_cycle": matplotlib.cycler(color=PALETTE), "image.cmap": "viridis"},
     **{"lines.markersize": 4, "legend.fontsize": 9, "figure.facecolor": "white"},
     **{"text.parse_math": False, "text.usetex": False},  # a caption with two $ is no formula
@@ -41,10 +41,8 @@ GLYPHS = frozenset(get_font(findfont("DejaVu Sans")).get_charmap())  # comes wit
 
 
 def wrapped(text: str, inches: float, size: float, lines: int = 4) -> list[str]:
-    """Breaks `text` into at most `lines` lines, `inches` wide at `size` points; "…" ends a cut.
-
-    Control characters go, and a box stands for what the font lacks: matplotlib would warn of it.
-    """
+    """Breaks `text` into at most `lines` lines, `inches` wide at `size` points; "…" ends a cut."""
+    # No control characters, and a box for what the font lacks: matplotlib would warn of both.
     seen = (c for c in " ".join(text.split()) if unicodedata.category(c)[0] != "C")
     plain = "".join(c if ord(c) in GLYPHS else "□" for c in seen)
     width = max(8, int(inches * 72 / (0.56 * size)))  # DejaVu's letters are some 0.56 em wide
@@ -52,9 +50,7 @@ def wrapped(text: str, inches: float, size: float, lines: int = 4) -> list[str]:
 
 
 @contextlib.contextmanager
-def canvas(
-    path: Path, width: float, height: float, title: str, footer: str
-) -> Iterator[tuple[Figure, float]]:
+def canvas(path: Path, width: float, height: float, title: str, footer: str) -> Iterator[Any]:
     """Yields (figure, inches below its body), then writes it to `path` as PNG. Raises UserError.
 
     The body, `width` x `height` inches, lies between title and footer. No pyplot: nothing global.
@@ -93,6 +89,7 @@ def draw_curves(history: list[dict[str, float]], path: Path, footer: str = "") -
             axes.set(title=name, xlabel="epoch", ylabel=unit, ylim=(0, None))
             axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(True)
             axes.legend()
 
 
@@ -118,7 +115,6 @@ def draw_similarity(path: Path, made: Embedded, seed: int, footer: str) -> None:
     title += f"the diagonal (the pairs), {cosines[~pair].mean() if len(pair) > 1 else 0:.3f} off it"
     with canvas(path, 7.5, 6.2, title, footer) as (figure, _):
         axes = figure.subplots()
-        axes.grid(False)
         shown = axes.imshow(cosines)
         axes.set(xlabel="caption (number of its pair)", ylabel="image (number of its pair)")
         figure.colorbar(shown, label="cosine similarity (no unit)")
@@ -174,11 +170,10 @@ def draw_tsne(path: Path, made: Embedded, seed: int, footer: str) -> None:
         joined[image] += f" {caption}"
     topic, names = topics([joined[i] for i in images], seed)
     gap = modality_gap(made.image_embeddings, made.text_embeddings)
-    title = f"t-SNE of {len(images)} image-caption pairs (perplexity {perplexity:.0f}). Modality "
-    title += f"gap of the split, the distance of mean image and mean text embedding: {gap:.3f}"
+    title = f"t-SNE of {len(images)} pairs, perplexity {perplexity:.0f}. Modality gap {gap:.3f} "
+    title += "(distance between the mean image and the mean text embedding of the split)"
     with canvas(path, 9.5, 6.5, title, footer) as (figure, _):
         axes = figure.subplots()
-        axes.grid(False)
         pairs = LineCollection(points.swapaxes(0, 1), color=GREY, linewidth=0.5, alpha=0.35)
         axes.add_collection(pairs)
         for i, name in [*enumerate(names), (-1, "no topic")]:
@@ -191,25 +186,20 @@ def draw_tsne(path: Path, made: Embedded, seed: int, footer: str) -> None:
         axes.set(xlabel="t-SNE dimension 1 (no unit)", ylabel="t-SNE dimension 2 (no unit)")
 
 
-# ------------------------------------------------------------------------------ the search
-
-Hit = tuple[float, int, float, bool]  # rank from 1, position in the pool, score, whether its own
+# What a search finds: rank from 1, position in the pool, score, whether it is the query's own.
+Hit = tuple[float, int, float, bool]
 
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:
     """The positions of the best of scores (N,), ties by position: a prefix of any longer list."""
-    # Not finite: last. Equal within metrics.TIE: a tie.
-    rounded = np.where(np.isfinite(scores), scores, -np.inf).round(12)
+    rounded = np.where(np.isfinite(scores), scores, -np.inf).round(12)  # equal within metrics.TIE
     return np.argsort(-rounded, kind="stable")[:k]
 
 
 def find(
     query: np.ndarray, pool: np.ndarray, k: int, own: Sequence[int] = (), rank: float = np.nan
 ) -> list[Hit]:
-    """Searches `pool` (N, D) with one embedding (D,): the top `k`, best first.
-
-    Where none of the query's `own` is among them, the best own one follows with its `rank`.
-    """
+    """The top `k` of `pool` (N, D), best first; then the best `own` one if none is among them."""
     scores = cosine(query[None], pool)[0]
     order = top_k(scores, k).tolist()
     hits = [(place, i, scores[i], i in own) for place, i in enumerate(order, 1)]
@@ -220,10 +210,7 @@ def find(
 
 
 def extreme_cases(made: Embedded, count: int) -> list[list[int]]:
-    """The captions of `count` best (rank 1, widest margin) and of `count` worst text queries.
-
-    An image stands at most once in either list.
-    """
+    """The captions of the `count` best (rank 1, widest margin) and worst cases, an image once."""
     owner, hits = made.split.caption_image, np.flatnonzero(made.t2i == 1)
     margins = []
     for part in np.array_split(hits, 1 + len(hits) // 1024):  # all scores at once may not fit
@@ -255,15 +242,14 @@ Cell = tuple[Image.Image, str, str | None]  # a picture, the lines under it, its
 Row = tuple[list[tuple[str, str]], list[Cell]]  # texts, each with its colour; pictures
 
 
-def draw_grid(
-    path: Path, title: str, footer: str, rows: list[Row], inches: float = 2.6, most: int = 5
-) -> None:
-    """Draws rows of pictures and, left (right if `most` is 1), texts of at most `most` lines."""
+def draw_grid(path: Path, title: str, footer: str, rows: list[Row], left: bool = True) -> None:
+    """Draws rows of pictures; the texts stand left of them, or right, of one line each."""
+    inches, most = (2.6, 5) if left else (7.5, 1)
     pictures = max(len(cells) for _, cells in rows) * (CELL + GAP)
     notes = max(1 + note.count("\n") for _, cells in rows for _, note, _ in cells)
     broken = [[(s, hue) for t, hue in ts for s in wrapped(t, inches, 9, most)] for ts, _ in rows]
     heights = [max(CELL + notes * LINE, len(lines) * LINE) + GAP for lines in broken]
-    text_x, left = (0.15 + pictures, 0.15) if most == 1 else (0.15, 0.15 + inches + GAP)
+    text_x, start = (0.15, 0.15 + inches + GAP) if left else (0.15 + pictures, 0.15)
     width = 0.3 + inches + GAP + pictures
     with canvas(path, width, sum(heights), title, footer) as (figure, low):
         figure.set_layout_engine("none")
@@ -273,10 +259,9 @@ def draw_grid(
                 place = text_x / width, (top - 0.05 - i * LINE) / height
                 figure.text(*place, line, size=9, color=hue, va="top")
             for i, (picture, note, frame) in enumerate(cells):
-                x = (left + i * (CELL + GAP)) / width
+                x = (start + i * (CELL + GAP)) / width
                 box = (x, (top - CELL) / height, CELL / width, CELL / height)
                 axes = figure.add_axes(box, xticks=[], yticks=[], anchor="N")
-                axes.grid(False)
                 axes.imshow(picture)
                 axes.spines[:].set(visible=bool(frame), color=frame or INK, linewidth=4)
                 axes.set_xlabel(note, size=8, labelpad=6, color=frame or INK)
@@ -298,9 +283,7 @@ def thumbnail(path: Path) -> Image.Image:
     with warnings.catch_warnings(), Image.open(path) as image:
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
         image.draft("RGB", (224, 224))
-        image = to_rgb(ImageOps.exif_transpose(image))
-        image.thumbnail((224, 224))
-        return image
+        return ImageOps.contain(to_rgb(ImageOps.exif_transpose(image)), (224, 224))
 
 
 def draw_pairs(options: Any, made: Embedded, draw: Draw, footer: str) -> None:
@@ -318,10 +301,8 @@ def draw_pairs(options: Any, made: Embedded, draw: Draw, footer: str) -> None:
         own, rank = np.flatnonzero(split.caption_image == i).tolist(), made.i2t[i]
         told = f"best own caption: rank {rank:,.0f} of {len(texts):,}", GREEN if rank <= k else RED
         hits = find(made.image_embeddings[i], made.text_embeddings, k, own, rank)
-        lines = [
-            (f"{place:,.0f}: {score:.3f} {'✓' if mine else '–'} {texts[j]}", GREEN if mine else INK)
-            for place, j, score, mine in hits
-        ]
+        look = {True: ("✓", GREEN), False: ("–", INK)}
+        lines = [(f"{r:,.0f}: {s:.3f} {look[m][0]} {texts[j]}", look[m][1]) for r, j, s, m in hits]
         return [told, *lines], [(draw(i), "", None)]
 
     write(out / "similarity.png", draw_similarity, made, seed, footer)
@@ -332,9 +313,8 @@ def draw_pairs(options: Any, made: Embedded, draw: Draw, footer: str) -> None:
     write(out / "grid_text_to_image.png", draw_grid, title, footer, rows)
     title = f"Image to text: the first {k} of {len(texts):,} captions, own ones marked ✓"
     rows = [image_row(i) for i in images]
-    write(out / "grid_image_to_text.png", draw_grid, title, footer, rows, 7.5, 1)
-    title = "Text to image, best cases (rank 1, the widest margin before rank 2) and worst cases "
-    title += "(what was ranked first instead), the true image framed"
+    write(out / "grid_image_to_text.png", draw_grid, title, footer, rows, False)
+    title = "Text to image: best cases (rank 1, widest margin), worst ones, the true image framed"
     best, worst = extreme_cases(made, 4)
     rows = [text_row(i, 2) for i in best] + [text_row(i, 1) for i in worst]
     write(out / "grid_best_worst.png", draw_grid, title, footer, rows)
@@ -349,12 +329,9 @@ def draw_confusion(path: Path, result: ZeroShot, footer: str) -> None:
     np.add.at(counts, (result.truth[valid], scores[valid].argmax(1)), 1)
     percent, side = counts / total[:, None] * 100, min(4.5 + 0.42 * size, 40)
     title = f"Zero-shot: top-1 {told['zero_shot_top1']:.1f}% of {told['pictures']:,} pictures "
-    with canvas(path, side + 2.2, side, f"{title}(chance {told['chance']:.1f}%)", footer) as (
-        fig,
-        _,
-    ):
-        axes = fig.subplots()
-        axes.grid(False)
+    title += f"(chance {told['chance']:.1f}%)"
+    with canvas(path, side + 2.2, side, title, footer) as (figure, _):
+        axes = figure.subplots()
         shown = axes.imshow(percent, cmap="cividis", vmin=0, vmax=100)
         names = [wrapped(name, 1.6, 9, 1)[0] for name in result.classes]
         axes.set_xticks(range(size), names, rotation=90)
@@ -364,7 +341,7 @@ def draw_confusion(path: Path, result: ZeroShot, footer: str) -> None:
             text = f"{percent[row, column]:.0f}%\n{counts[row, column]:,}"
             hue = "black" if percent[row, column] > 50 else "white"
             axes.text(column, row, text, size=7, ha="center", va="center", color=hue)
-        fig.colorbar(shown, label="share of the true class's pictures (%)")
+        figure.colorbar(shown, label="share of the true class's pictures (%)")
 
 
 # ------------------------------------------------------------------------------ the script
@@ -372,11 +349,13 @@ def draw_confusion(path: Path, result: ZeroShot, footer: str) -> None:
 
 def origin(trained: Loaded, dataset: Dataset | None = None, split: Split | None = None) -> str:
     """The footer: what a figure is made from, and what speaks against it (also as a warning)."""
-    path, told, torn = trained.path, "", trained.content.get("split_by_caption")
+    path, told, torn = trained.path.resolve(), "", trained.content.get("split_by_caption")
     if dataset and split:
         torn, count = torn or dataset.by_caption, len(split.images)
-        told = f"data {Path(dataset.path).name}, {dataset.splits} {split.name} split: {count:,} "
-        told += f"images, {len(split.captions):,} captions; scores are cosines, ties lose; "
+        told = f"data {Path(dataset.path).resolve().name}, {dataset.splits} {split.name} split: "
+        told += (
+            f"{count:,} images, {len(split.captions):,} captions; scores are cosines, ties lose; "
+        )
         if seen := evaluate.count_trained_on(trained, dataset, split):
             warn(f"{seen:,} of the {count:,} images evaluated were trained on")
             told += f"{seen:,} of these images were trained on; "
@@ -421,8 +400,7 @@ def main(argv: list[str]) -> None:
         result = evaluate.zero_shot(model, tokenizer, *source, transform, workers)
         return write(out / "confusion.png", draw_confusion, result, origin(trained))
     if options.images:
-        paths = evaluate.find_pictures(options.images)
-        if not paths:
+        if not (paths := evaluate.find_pictures(options.images)):
             raise UserError(f"--images {options.images} holds no picture")
         pool, paths = evaluate.embed_pictures(model, paths, transform, workers)
         names = [str(path.relative_to(options.images)) for path in paths]
@@ -432,8 +410,8 @@ def main(argv: list[str]) -> None:
         source = options.data, options.splits, options.cache
         dataset = evaluate.load_data_for(trained, *source, workers)
         print(dataset.summary())
-        split, size = dataset.split(options.split), transform["image_size"]
-        footer, names = origin(trained, dataset, split), []
+        split, size, names = dataset.split(options.split), transform["image_size"], []
+        footer = origin(trained, dataset, split)
         name, draw = "grid_text_to_image.png", lambda i: dataset.picture(int(split.images[i]))
         if not queries:
             history, told = trained.content["history"], origin(trained)

@@ -941,3 +941,8 @@ def test_the_real_flickr8k(flickr8k, tmp_path, capsys):
     assert data.skipped == {} and not data.by_caption and capsys.readouterr().err == ""
     for name in images:
         assert {data.names[i] for i in data.split(name).images} == set(official(name))
+
+
+def test_json_of_another_kind_does_not_hide_the_captions(photos, load):
+    (photos / "dataset_info.json").write_text('{"features": {}}')
+    assert load(photos).layout.startswith("Kaggle")
