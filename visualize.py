@@ -46,6 +46,8 @@ def wrapped(text: str, inches: float, size: float, lines: int = 4) -> list[str]:
     seen = (c for c in " ".join(text.split()) if unicodedata.category(c)[0] != "C")
     plain = "".join(c if ord(c) in GLYPHS else "□" for c in seen)
     width = max(8, int(inches * 72 / (0.56 * size)))  # DejaVu's letters are some 0.56 em wide
+    if lines == 1:  # cut within a word too: it may be a file's name
+        return [plain if len(plain) <= width else f"{plain[: width - 2]} …"]
     return textwrap.wrap(plain, width, max_lines=lines, placeholder=" …") or [""]
 
 
@@ -66,12 +68,12 @@ def canvas(path: Path, width: float, height: float, title: str, footer: str) -> 
         yield figure, low
         with atomic_write(path) as temporary:  # Agg cannot draw 65,536 pixels or more
             figure.savefig(temporary, format="png", dpi=min(120, 30_000 / max(width, tall)))
-        figure.clear()
 
 
 def draw_curves(history: list[dict[str, float]], path: Path, footer: str = "") -> None:
     """Draws losses and recalls over epochs; `history` holds a record an epoch. Raises UserError."""
     epochs = [record["epoch"] for record in history]
+    span = epochs[0] - 0.5, epochs[-1] + 0.5
     best = max(history, key=lambda record: record["mean_recall"])  # the first of equals
     panels = {
         "Loss": {"train": "train_loss", "dev": "dev_loss"},
@@ -83,12 +85,12 @@ def draw_curves(history: list[dict[str, float]], path: Path, footer: str = "") -
     with canvas(path, 9.5, 6, title, footer) as (figure, _):
         for axes, (name, curves) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
             for (label, key), marker in zip(curves.items(), "os^", strict=False):
-                axes.plot(epochs, [record[key] for record in history], marker=marker, label=label)
+                values = [record[key] for record in history]
+                axes.plot(epochs, values, marker=marker, label=label, clip_on=False)
             axes.axvline(best["epoch"], color=GREY, linestyle="--", linewidth=1, label="best epoch")
             unit = "InfoNCE (nats)" if name == "Loss" else "recall (%)"
-            axes.set(title=name, xlabel="epoch", ylabel=unit, ylim=(0, None))
-            axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set(title=name, xlabel="epoch", ylabel=unit, ylim=(0, None), xlim=span)
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
             axes.grid(True)
             axes.legend()
 
@@ -115,9 +117,8 @@ def draw_similarity(path: Path, made: Embedded, seed: int, footer: str) -> None:
     title += f"the diagonal (the pairs), {cosines[~pair].mean() if len(pair) > 1 else 0:.3f} off it"
     with canvas(path, 7.5, 6.2, title, footer) as (figure, _):
         axes = figure.subplots()
-        shown = axes.imshow(cosines)
         axes.set(xlabel="caption (number of its pair)", ylabel="image (number of its pair)")
-        figure.colorbar(shown, label="cosine similarity (no unit)")
+        figure.colorbar(axes.imshow(cosines), label="cosine similarity (no unit)")
 
 
 def modality_gap(image_embeddings: np.ndarray, text_embeddings: np.ndarray) -> float:
@@ -322,14 +323,15 @@ def draw_pairs(options: Any, made: Embedded, draw: Draw, footer: str) -> None:
 
 def draw_confusion(path: Path, result: ZeroShot, footer: str) -> None:
     """Draws the confusion matrix, each row in percent of the true class's pictures."""
-    total, told, size = np.bincount(result.truth), result.metrics(), len(result.classes)
+    total, m, size = np.bincount(result.truth), result.metrics(), len(result.classes)
     scores, counts = result.scores.copy(), np.zeros((size, size), int)
     scores[np.arange(len(scores)), result.truth] -= TIE  # a tie is lost, as in evaluate.py
     valid = np.isfinite(scores).all(1)  # the others count as pictures, not as predictions
     np.add.at(counts, (result.truth[valid], scores[valid].argmax(1)), 1)
     percent, side = counts / total[:, None] * 100, min(4.5 + 0.42 * size, 40)
-    title = f"Zero-shot: top-1 {told['zero_shot_top1']:.1f}% of {told['pictures']:,} pictures "
-    title += f"(chance {told['chance']:.1f}%)"
+    title = (
+        f"Zero-shot: top-1 {m['zero_shot_top1']:.1f}% of {len(valid):,}, chance {100 / size:.1f}%"
+    )
     with canvas(path, side + 2.2, side, title, footer) as (figure, _):
         axes = figure.subplots()
         shown = axes.imshow(percent, cmap="cividis", vmin=0, vmax=100)
