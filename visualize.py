@@ -128,10 +128,7 @@ def modality_gap(image_embeddings: np.ndarray, text_embeddings: np.ndarray) -> f
 
 
 def topics(texts: list[str], seed: int, most: int = 8) -> tuple[np.ndarray, list[str]]:
-    """Sorts texts into at most `most` topics by NMF over TF-IDF: (topic of each, topics' names).
-
-    A name is the two strongest words, stop words and colours aside; -1 is a text without words.
-    """
+    """Sorts texts by NMF over TF-IDF: (topic of each, -1 if it has no words; topics' names)."""
     from sklearn.decomposition import NMF
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 
@@ -323,15 +320,14 @@ def draw_pairs(options: Any, made: Embedded, draw: Draw, footer: str) -> None:
 
 def draw_confusion(path: Path, result: ZeroShot, footer: str) -> None:
     """Draws the confusion matrix, each row in percent of the true class's pictures."""
-    total, m, size = np.bincount(result.truth), result.metrics(), len(result.classes)
-    scores, counts = result.scores.copy(), np.zeros((size, size), int)
+    top, size = result.metrics()["zero_shot_top1"], len(result.classes)
+    total, scores = np.bincount(result.truth), result.scores.copy()
     scores[np.arange(len(scores)), result.truth] -= TIE  # a tie is lost, as in evaluate.py
-    valid = np.isfinite(scores).all(1)  # the others count as pictures, not as predictions
-    np.add.at(counts, (result.truth[valid], scores[valid].argmax(1)), 1)
+    valid = np.isfinite(scores).all(1)  # the others count as pictures only
+    cells = result.truth[valid] * size + scores[valid].argmax(1)
+    counts = np.bincount(cells, minlength=size * size).reshape(size, size)
     percent, side = counts / total[:, None] * 100, min(4.5 + 0.42 * size, 40)
-    title = (
-        f"Zero-shot: top-1 {m['zero_shot_top1']:.1f}% of {len(valid):,}, chance {100 / size:.1f}%"
-    )
+    title = f"Zero-shot: top-1 {top:.1f}% of {len(valid):,} pictures (chance {100 / size:.1f}%)"
     with canvas(path, side + 2.2, side, title, footer) as (figure, _):
         axes = figure.subplots()
         shown = axes.imshow(percent, cmap="cividis", vmin=0, vmax=100)
