@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from cli import HERE, Parser, UserError, number, run, warn
-from images import CACHE, cached_folder, cached_pixels, to_rgb, write_header
+from images import CACHE, cached_folder, cached_pixels, thumbnail, write_header
 from layouts import HOW_TO_GET, SPLITS, Row, clean_name, find_images, official_lists, read_folder
 
 SPLIT_SEED = 0  # of --splits random: a constant, so that no --seed trains on another's test images
@@ -132,15 +132,9 @@ class Dataset:
         images, position = np.unique(self.caption_image[chosen], return_inverse=True)
         return Split(name, images, [self.captions[i] for i in chosen], position)
 
-    def picture(self, row: int, size: int = 256) -> Image.Image:
-        """The picture itself for figures, in its own proportions, at most `size` pixels wide."""
-        if not self.paths:
-            return Image.fromarray(self.pixels[row])
-        with Image.open(self.paths[row]) as image:
-            image.draft("RGB", (size, size))
-            image = to_rgb(ImageOps.exif_transpose(image))
-            image.thumbnail((size, size))
-            return image
+    def picture(self, row: int) -> Image.Image:
+        """The picture itself, for figures, in its own proportions."""
+        return thumbnail(self.paths[row]) if self.paths else Image.fromarray(self.pixels[row])
 
     @property
     def fingerprint(self) -> str:
@@ -389,7 +383,8 @@ def limited(split: Split, limit: int | None, seed: int) -> Split:
 def add_data_flags(parser: Parser, data: str | None, splits: str | None) -> None:
     """The flags that train.py, evaluate.py, visualize.py and dataset.py share."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default=data, help="folder of captions and images, or `shapes`")
+    told = "" if data else " (default: what the checkpoint was trained on)"
+    group.add_argument("--data", default=data, help=f"folder with captions, or `shapes`{told}")
     group.add_argument(
         "--splits",
         choices=("auto", "given", "official", "random"),

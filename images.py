@@ -70,6 +70,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def thumbnail(path: Path, size: int = 256) -> Image.Image:
+    """A picture for a figure: as it should be seen, in its proportions, `size` pixels at most."""
+    with warnings.catch_warnings(), Image.open(path) as image:
+        warnings.simplefilter("ignore")
+        image.draft("RGB", (size, size))
+        image = to_rgb(ImageOps.exif_transpose(image))
+        image.thumbnail((size, size))
+        return image
+
+
 def try_decode(path: Path, size: int) -> tuple[np.ndarray | None, str]:
     """Decodes one file: (pixels, sha256 of its bytes), or (None, why it cannot be read)."""
     try:

@@ -256,7 +256,9 @@ class Run:
         best = self.out / "best.pt" if self.stale() == 0 else None
         save_checkpoint(self.out / "last.pt", self.content(), copy=best)
         write_history(self.out / "history.csv", self.history)
-        draw_curves(self.history, self.out / "curves.png")
+        footer = f"{self.dataset.layout}, {self.dataset.splits} splits"
+        footer += "; SPLIT BY CAPTION: flatters" if self.dataset.by_caption else ""
+        draw_curves(self.history, self.out / "curves.png", footer)
 
     def best(self) -> dict[str, float]:
         return max(self.history, key=lambda record: record["mean_recall"])  # the first of equals

@@ -18,13 +18,13 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageOps
+from PIL import Image
 
 import evaluate
 from cli import Parser, UserError, atomic_write, number, run, warn
 from dataset import Dataset, Split, Tokenizer
 from evaluate import Embedded, Loaded, ZeroShot
-from images import to_rgb
+from images import thumbnail
 from metrics import KS, TIE, first_captions
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
@@ -274,14 +274,6 @@ def cells_of(hits: list[Hit], draw: Draw, names: list[str]) -> list[Cell]:
         note = f"{rank:,.0f}: {score:.3f}{' true image' if own else ''}{name}"
         cells.append((draw(i), note, GREEN if own else None))
     return cells
-
-
-def thumbnail(path: Path) -> Image.Image:
-    """One of the user's own pictures as it should be seen, in its proportions, at most 224 px."""
-    with warnings.catch_warnings(), Image.open(path) as image:
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata
-        image.draft("RGB", (224, 224))
-        return ImageOps.contain(to_rgb(ImageOps.exif_transpose(image)), (224, 224))
 
 
 def draw_pairs(options: Any, made: Embedded, draw: Draw, footer: str) -> None:
