@@ -20,7 +20,7 @@ PER_DATA = {
         "image_augment": "none",
         "batch_size": 256,
         "lr": 1.5e-3,
-        "epochs": 5,
+        "epochs": 4,
     },
     "photographs": {
         "image_size": 96,
