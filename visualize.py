@@ -26,6 +26,7 @@ from dataset import Dataset, Split, Tokenizer
 from evaluate import Embedded, Loaded, ZeroShot
 from images import thumbnail
 from metrics import KS, TIE, first_captions
+from models import load_checkpoint
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
 PALETTE = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]
@@ -93,6 +94,15 @@ def draw_curves(history: list[dict[str, float]], path: Path, footer: str = "") -
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
             axes.grid(True)
             axes.legend()
+
+
+def whole_history(trained: Loaded) -> list[dict[str, float]]:
+    """The history of the run up to its last epoch: best.pt ends with the best one."""
+    last = trained.path.with_name("last.pt")
+    history, run_of = trained.content["history"], trained.content["config"]
+    if last.is_file() and (later := load_checkpoint(last))["config"] == run_of:
+        history = max(history, later["history"], key=len)
+    return history
 
 
 def cosine(queries: np.ndarray, pool: np.ndarray) -> np.ndarray:
@@ -404,7 +414,7 @@ def main(argv: list[str]) -> None:
         footer = origin(trained, dataset, split)
         name, draw = "grid_text_to_image.png", lambda i: dataset.picture(int(split.images[i]))
         if not queries:
-            history, told = trained.content["history"], origin(trained)
+            history, told = whole_history(trained), origin(trained)
             write(out / "curves.png", lambda path: draw_curves(history, path, told))
             made = evaluate.evaluate_split(model, tokenizer, dataset, split, size)
             return draw_pairs(options, made, draw, footer)
