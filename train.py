@@ -214,15 +214,13 @@ def resumed(typed: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     return path, content
 
 
-def claim_folder(out: Path, config: dict[str, Any]) -> None:
-    """Makes the folder of a new run and writes config.json; refuses one that holds a run."""
+def check_folder(out: Path) -> None:
+    """Refuses, before any work is done, a folder that holds a run or cannot be one."""
     held = [name for name in ("last.pt", "best.pt", "history.csv") if (out / name).exists()]
     if held:
         raise UserError(f"{out} already holds a run ({held[0]}); use --resume, or another --out")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; give a folder")
-    with atomic_write(out / "config.json") as temporary:
-        temporary.write_text(json.dumps(config, indent=2, default=str) + "\n", "utf-8")
+    if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
+        raise UserError(f"--out {out} is, or lies in, a file; give a folder")
 
 
 @dataclass
@@ -382,8 +380,11 @@ def main(argv: list[str]) -> int:
             del config[place]
         device = choose_device(options["device"])
         config["precision"] = choose_precision(config["precision"], device)
-        claim_folder(out, config)
+        check_folder(out)
     run = prepare(config, out, options["cache"], content, options["device"])
+    if content is None:
+        with atomic_write(out / "config.json") as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     print(describe(run))
     return run_epochs(run)
 
