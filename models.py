@@ -10,6 +10,7 @@ import platform
 import shutil
 import struct
 import urllib.error
+import warnings
 import zipfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -53,8 +54,8 @@ def load_image_weights(module: nn.Module, name: str, weights: str) -> None:
     """Loads torchvision's ImageNet weights, or a file of the same format, into `module`."""
     try:
         if weights == "imagenet":
-            entry = torchvision.models.get_model_weights(name).DEFAULT
-            state = entry.get_state_dict(progress=True, check_hash=True)
+            url = torchvision.models.get_model_weights(name).DEFAULT.url
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
     except (urllib.error.URLError, TimeoutError) as error:
@@ -78,6 +79,8 @@ IMAGE_TOWERS: dict[str, Callable[[str, str, str], tuple[nn.Module, int]]] = {
 
 # ------------------------------------------------------------------------------ text towers
 
+warnings.filterwarnings("ignore", "Converting mask without torch.bool")  # torch 2.0 warns itself
+
 
 class TextTransformer(nn.Module):
     """A pre-norm Transformer encoder; a text's feature is the mean over its own tokens."""
@@ -100,7 +103,12 @@ class TextTransformer(nn.Module):
         """tokens (B, L), 0 where padded -> features (B, width)."""
         real = tokens != Tokenizer.PAD
         x = self.words(tokens) + self.positions[: tokens.shape[1]]  # (B, L, width)
-        x = self.blocks(x, src_key_padding_mask=~real)
+        # Under autocast torch 2.0 wants the mask in the type that its products come in.
+        kind = (x[:1, :1] @ x[:1, :1].mT).dtype
+        hidden = ~real if kind == x.dtype else torch.zeros_like(x[..., 0], dtype=kind)
+        if kind != x.dtype:
+            hidden = hidden.masked_fill(~real, float("-inf"))
+        x = self.blocks(x, src_key_padding_mask=hidden)
         x = x.masked_fill(~real[..., None], 0.0)
         return x.sum(1) / real.sum(1, keepdim=True)
 
