@@ -29,8 +29,8 @@ def retrieval_ranks(
     if (torch.bincount(own_image, minlength=count) == 0).any():
         raise ValueError("an image has no caption")
     own = torch.empty(pool, dtype=torch.float64)
-    for start in range(0, pool, 65_536):
-        part = slice(start, start + 65_536)
+    for start in range(0, pool, 8192):
+        part = slice(start, start + 8192)
         own[part] = (images[own_image[part]].double() * texts[part].double()).sum(1)
     low = torch.full((count,), float("-inf"), dtype=torch.float64)
     best = low.scatter_reduce(0, own_image, own.nan_to_num(nan=float("-inf")), "amax")
@@ -54,8 +54,8 @@ def retrieval_ranks(
 def finite_or_nan(embeddings: np.ndarray) -> torch.Tensor:
     """An embedding with one number that is not finite becomes NaN all over: it never matches."""
     tensor = torch.as_tensor(embeddings)
-    finite = tensor.isfinite().all(1, keepdim=True)
-    return tensor if finite.all() else tensor.masked_fill(~finite, float("nan"))
+    finite = torch.cat([part.isfinite().all(1) for part in tensor.split(8192)])
+    return tensor if finite.all() else tensor.masked_fill(~finite[:, None], float("nan"))
 
 
 def recall_at_k(ranks: np.ndarray, k: int) -> float:

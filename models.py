@@ -79,7 +79,7 @@ IMAGE_TOWERS: dict[str, Callable[[str, str, str], tuple[nn.Module, int]]] = {
 
 # ------------------------------------------------------------------------------ text towers
 
-warnings.filterwarnings("ignore", "Converting mask without torch.bool")  # torch 2.0 warns itself
+warnings.filterwarnings("ignore", "Converting mask without|TypedStorage is dep")  # of torch 2.0
 
 
 class TextTransformer(nn.Module):
