@@ -79,7 +79,7 @@ IMAGE_TOWERS: dict[str, Callable[[str, str, str], tuple[nn.Module, int]]] = {
 
 # ------------------------------------------------------------------------------ text towers
 
-warnings.filterwarnings("ignore", "Converting mask without|TypedStorage is dep")  # of torch 2.0
+warnings.filterwarnings("ignore", "Converting mask without|TypedStorage")  # of torch 2.0
 
 
 class TextTransformer(nn.Module):

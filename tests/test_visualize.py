@@ -35,7 +35,7 @@ def no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         warnings.simplefilter("error", RuntimeWarning)
-        warnings.filterwarnings("ignore", "Converting mask without|TypedStorage is dep")  # torch 2.0
+        warnings.filterwarnings("ignore", "Converting mask without|TypedStorage")  # torch 2.0
         yield
 
 
