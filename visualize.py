@@ -271,7 +271,8 @@ def draw_grid(path: Path, title: str, footer: str, rows: list[Row], left: bool =
                 box = (x, (top - CELL) / height, CELL / width, CELL / height)
                 axes = figure.add_axes(box, xticks=[], yticks=[], anchor="N")
                 axes.imshow(picture)
-                axes.spines[:].set(visible=bool(frame), color=frame or INK, linewidth=4)
+                for spine in axes.spines.values():
+                    spine.set(visible=bool(frame), color=frame or INK, linewidth=4)
                 axes.set_xlabel(note, size=8, labelpad=6, color=frame or INK)
             top -= tall
 
