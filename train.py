@@ -404,13 +404,9 @@ def run_epochs(run: Run) -> int:
             run.epoch(len(run.history) + 1)
             print(table_line(run.history[-1]), flush=True)
     except KeyboardInterrupt:
-        done = len(run.history)
-        then = (
-            f"go on with: python train.py --resume {run.out}" if done else "no epoch was finished"
-        )
-        warn(
-            f"stopped; {run.out}/last.pt is of epoch {done}; {then}" if done else f"stopped; {then}"
-        )
+        go_on = f"go on from the last whole epoch: python train.py --resume {run.out}"
+        saved = (run.out / "last.pt").exists()
+        warn(f"stopped; {go_on if saved else 'no epoch was finished'}")
         return 128 + caught[0]
     finally:
         for signum, handler in handlers.items():
