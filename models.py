@@ -105,9 +105,9 @@ class TextTransformer(nn.Module):
         x = self.words(tokens) + self.positions[: tokens.shape[1]]  # (B, L, width)
         # Under autocast torch 2.0 wants the mask in the type that its products come in.
         kind = (x[:1, :1] @ x[:1, :1].mT).dtype
-        hidden = ~real if kind == x.dtype else torch.zeros_like(x[..., 0], dtype=kind)
+        hidden = ~real
         if kind != x.dtype:
-            hidden = hidden.masked_fill(~real, float("-inf"))
+            hidden = torch.zeros_like(real, dtype=kind).masked_fill(~real, float("-inf"))
         x = self.blocks(x, src_key_padding_mask=hidden)
         x = x.masked_fill(~real[..., None], 0.0)
         return x.sum(1) / real.sum(1, keepdim=True)

@@ -145,9 +145,9 @@ def check_spread(images: torch.Tensor, texts: torch.Tensor, place: str) -> None:
 
     Measured: fresh models spread by 1e-4 or more; a collapsed one by float32's rounding, 1e-13.
     """
-    for name, embeddings in (("image", images), ("text", texts)):
+    for article, name, embeddings in (("an", "image", images), ("a", "text", texts)):
         if not embeddings.isfinite().all():
-            raise UserError(f"{place}: an {name} embedding is not finite; {WHAT_THEN}")
+            raise UserError(f"{place}: {article} {name} embedding is not finite; {WHAT_THEN}")
         spread = (embeddings - embeddings.mean(0)).square().sum(1).mean().item()
         if len(embeddings) >= 8 and spread < 1e-10:
             raise UserError(f"{place}: all {name} embeddings are the same point; {WHAT_THEN}")
