@@ -36,9 +36,9 @@ def memory_rate(trained: Run, turn: int, batches: int) -> float:
     ready = []
     for batch in islice(trained.feed.epoch(turn, ahead=False), batches):
         level, chance = config["image_augment"], torch.Generator().manual_seed(turn)
-        images = augment(batch.pixels, config["image_size"], level, chance)
+        images = augment(batch.images, config["image_size"], level, chance)
         pixels = (images.permute(0, 2, 3, 1) * 255).to(torch.uint8).contiguous()
-        ready.append(Batch(pixels, batch.tokens))
+        ready.append(Batch(pixels, batch.texts))
     trainer.config = {**config, "image_augment": "none"}
     try:
         return train_epoch(trainer, turn, ready)["images_per_second"]

@@ -1,15 +1,14 @@
 """Where the data enters: finds captions and pictures in any known layout, splits them by image.
 
-`load_dataset` gives train.py and evaluate.py a `Dataset`; `Tokenizer` turns captions into numbers.
+`load_dataset` gives train.py and evaluate.py a `Dataset`; `Feed` makes the batches of an epoch.
 `python dataset.py PATH` says what lies there; `python dataset.py --download` fetches Flickr8k.
 """
 
 import hashlib
 import json
 import os
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from captions import PAD
 from cli import HERE, Parser, UserError, number, run, warn
 from images import CACHE, cached_folder, cached_pixels, thumbnail, write_header
 from layouts import HOW_TO_GET, SPLITS, Row, clean_name, find_images, official_lists, read_folder
@@ -255,65 +255,28 @@ def load_shapes(cache: Path) -> Dataset:
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------- tokenizer
-
-
-class Tokenizer:
-    """Words to numbers. Lower case; punctuation stands alone; numbers 0 to 3 are special."""
-
-    PAD, UNK, BOS, EOS = range(4)
-    SPECIAL = ("<pad>", "<unk>", "<bos>", "<eos>")
-
-    def __init__(self, vocabulary: list[str], max_tokens: int):
-        self.vocabulary, self.max_tokens = vocabulary, max_tokens
-        self.number = {word: i for i, word in enumerate(vocabulary)}
-        self.cut = 0  # how many texts were longer than max_tokens
-
-    @classmethod
-    def train(cls, captions: Iterable[str], min_count: int, max_tokens: int) -> "Tokenizer":
-        """Takes the words that stand at least `min_count` times in the training captions."""
-        counts = Counter(word for caption in captions for word in cls.words(caption))
-        words = sorted(word for word, count in counts.items() if count >= min_count)
-        return cls([*cls.SPECIAL, *words], max_tokens)
-
-    @staticmethod
-    def words(text: str) -> list[str]:
-        """`A dog's tail, wet.` -> a dog 's tail , wet ."""
-        return re.findall(r"'?\w+|[^\w\s]", text.lower())
-
-    def unknown(self, text: str) -> list[str]:
-        """The words of `text` that are not in the vocabulary."""
-        return [word for word in self.words(text) if word not in self.number]
-
-    def encode(self, text: str) -> list[int]:
-        """<bos> words <eos>, at most max_tokens in all; a longer text is cut and counted."""
-        numbers = [self.number.get(word, self.UNK) for word in self.words(text)]
-        self.cut += len(numbers) > self.max_tokens - 2
-        return [self.BOS, *numbers[: self.max_tokens - 2], self.EOS]
-
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        """Encodes and pads to the longest: int64 (len(texts), L)."""
-        encoded = [torch.tensor(self.encode(text)) for text in texts]
-        return torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True, padding_value=self.PAD)
-
-
 # ------------------------------------------------------------------------------ the batches
 
 
 class Batch(NamedTuple):
-    """uint8 pixels (B, S, S, 3); tokens (B * K, L), K captions an image in the images' order."""
+    """B images and B * K texts, K captions an image in the images' order.
 
-    pixels: torch.Tensor
-    tokens: torch.Tensor
+    images: uint8 pixels (B, S, S, 3), or cached features (B, ...) in float16; texts: tokens
+    (B * K, L), or cached features (B * K, width) in float16.
+    """
+
+    images: torch.Tensor
+    texts: torch.Tensor
 
 
 @dataclass(frozen=True)
 class Feed:
     """The training images and captions, and in which batches an epoch shows them."""
 
-    pixels: np.ndarray
+    images: np.ndarray  # uint8 pixels (N, S, S, 3), or features (N, views, ...) of features.py
+    rows: np.ndarray  # of `images`, for each image of the split
     split: Split
-    tokens: np.ndarray  # (captions, L), padded
+    texts: np.ndarray  # (captions, L) tokens, padded, or (captions, width) features
     batch_size: int
     captions_per_image: int
     seed: int
@@ -339,12 +302,21 @@ class Feed:
         return [(part, captions[part].ravel()) for part in np.array_split(order, self.batches())]
 
     def fetch(self, planned: tuple[np.ndarray, np.ndarray]) -> Batch:
-        """In NumPy alone: torch in a second thread would wake a second set of its own threads."""
+        """In NumPy alone: torch in a second thread would wake a second set of its own threads.
+
+        Of cached features each image shows one of its views, drawn by what the batch holds.
+        """
         images, captions = planned
-        tokens = self.tokens[captions]
-        longest = (tokens != Tokenizer.PAD).sum(1).max()
-        pixels = self.pixels[self.split.images[images]]
-        return Batch(torch.from_numpy(pixels), torch.from_numpy(tokens[:, :longest]))
+        texts = self.texts[captions]
+        if texts.dtype != np.float16:
+            texts = texts[:, : (texts != PAD).sum(1).max()]
+        rows = self.rows[images]
+        if self.images.dtype == np.float16:
+            random = np.random.default_rng([self.seed, *captions[:4]])
+            shown = self.images[rows, random.integers(self.images.shape[1], size=len(rows))]
+        else:
+            shown = self.images[rows]
+        return Batch(torch.from_numpy(shown), torch.from_numpy(texts))
 
     def epoch(self, epoch: int, ahead: bool) -> Iterator[Batch]:
         """The batches of an epoch; with `ahead` a thread fetches the next while one is used."""

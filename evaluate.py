@@ -8,14 +8,16 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from captions import Tokenizer, WordPieces
 from cli import Parser, UserError, atomic_write, run, warn
-from dataset import Dataset, Split, Tokenizer, add_data_flags, load_dataset
+from dataset import Dataset, Split, add_data_flags, load_dataset
+from features import opened
 from images import EXTENSIONS, decode_all, resize
 from loss import info_nce
 from metrics import (
@@ -33,11 +35,11 @@ from models import CLIP, choose_device, load_checkpoint, model_from_checkpoint
 
 
 @torch.inference_mode()
-def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+def embed_texts(model: CLIP, tokenizer: Tokenizer | WordPieces, texts: list[str]) -> np.ndarray:
     """Unit-length embeddings (len(texts), D), float32; batches of texts of like length."""
-    device = model.logit_scale.device
+    device = model.device
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    made = np.empty((len(texts), model.text_projection.out_features), np.float32)
+    made = np.empty((len(texts), model.embed_dim), np.float32)
     for start in tqdm(range(0, len(order), 256), "texts", leave=False, disable=None):
         chosen = order[start : start + 256]
         tokens = tokenizer([texts[i] for i in chosen]).to(device)
@@ -48,11 +50,42 @@ def embed_texts(model: CLIP, tokenizer: Tokenizer, texts: list[str]) -> np.ndarr
 @torch.inference_mode()
 def embed_images(model: CLIP, pixels: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
     """Unit-length embeddings (len(rows), D), float32, of rows of uint8 `pixels` (N, S, S, 3)."""
-    device = model.logit_scale.device
+    device = model.device
     parts = []
     for start in tqdm(range(0, len(rows), 100), "images", leave=False, disable=None):
         batch = torch.from_numpy(pixels[rows[start : start + 100]]).to(device)
-        parts.append(model.encode_image(resize(batch, size)).cpu().numpy())
+        images = resize(batch, size)
+        views = [images, images.flip(3)] if model.mirror else [images]
+        parts.append(mean_embedding([model.encode_image(view) for view in views]))
+    return np.concatenate(parts)
+
+
+def mean_embedding(made: list[torch.Tensor]) -> np.ndarray:
+    """The mean of some embeddings of the same pictures, unit length again."""
+    if len(made) > 1:
+        made = [torch.nn.functional.normalize(sum(made), dim=-1)]
+    return made[0].cpu().numpy()
+
+
+class Cached(NamedTuple):
+    """A split's features, of features.py: the inputs of image block `start`, of the text head."""
+
+    images: np.ndarray | None = None  # (images, views, ...)
+    start: int = 0
+    texts: np.ndarray | None = None
+
+
+NOTHING = Cached()
+
+
+@torch.inference_mode()
+def embed_cached(model: CLIP, cached: Cached) -> np.ndarray:
+    """Like `embed_images`, from a split's cached features."""
+    parts = []
+    for first in range(0, len(cached.images), 100):
+        views = torch.from_numpy(cached.images[first : first + 100].copy()).to(model.device)
+        made = [model.encode_image(opened(view), cached.start) for view in views.unbind(1)]
+        parts.append(mean_embedding(made))
     return np.concatenate(parts)
 
 
@@ -69,13 +102,26 @@ class Embedded:
 
 
 def evaluate_split(
-    model: CLIP, tokenizer: Tokenizer, dataset: Dataset, split: Split, image_size: int
+    model: CLIP,
+    tokenizer: Tokenizer | WordPieces,
+    dataset: Dataset,
+    split: Split,
+    image_size: int,
+    cached: Cached = NOTHING,
 ) -> Embedded:
     """Embeds and ranks a split. Leaves the model in the mode in which it was."""
     was_training = model.training
     model.eval()
-    images = embed_images(model, dataset.pixels, split.images, image_size)
-    texts = embed_texts(model, tokenizer, split.captions)
+    if cached.start:
+        images = embed_cached(model, cached)
+    else:
+        images = embed_images(model, dataset.pixels, split.images, image_size)
+    if cached.texts is not None:
+        with torch.inference_mode():
+            parts = torch.from_numpy(cached.texts.copy()).to(model.device).split(1000)
+            texts = torch.cat([model.encode_text(part) for part in parts]).cpu().numpy()
+    else:
+        texts = embed_texts(model, tokenizer, split.captions)
     model.train(was_training)
     i2t, t2i = retrieval_ranks(images, texts, split.caption_image)
     metrics = retrieval_metrics(i2t, t2i)
@@ -166,7 +212,7 @@ class ZeroShot:
 
 
 def class_embeddings(
-    model: CLIP, tokenizer: Tokenizer, classes: list[str], templates: list[str]
+    model: CLIP, tokenizer: Tokenizer | WordPieces, classes: list[str], templates: list[str]
 ) -> np.ndarray:
     """One unit-length embedding a class: the mean of its prompts', as in CLIP (section 3.1.4)."""
     prompts = [
@@ -180,7 +226,7 @@ def class_embeddings(
 
 def zero_shot(
     model: CLIP,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | WordPieces,
     folder: Path,
     templates_file: Path | None,
     transform: dict[str, Any],
@@ -235,7 +281,7 @@ class Loaded:
     path: Path
     content: dict[str, Any]
     model: CLIP
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | WordPieces
 
     @property
     def transform(self) -> dict[str, Any]:

@@ -217,6 +217,7 @@ class Augmentation:
 
 AUGMENTATIONS = {
     "none": Augmentation(),
+    "mirror": Augmentation(flip=True),
     "light": Augmentation(area=0.6, flip=True, colour=0.1),
     "strong": Augmentation(area=0.35, flip=True, rotate=8, colour=0.3),
 }

@@ -1,18 +1,14 @@
-"""The model: an image tower and a text tower, each projected linearly into one space.
+"""The model: an image tower and a text tower (towers.py), each projected into one space.
 
 train.py builds it with `build_model` and keeps it with `save_checkpoint`; evaluate.py and
-visualize.py read it back with `load_checkpoint`. A new tower is one entry of a table here.
+visualize.py read it back with `load_checkpoint`. A new projection head is one entry of HEADS.
 """
 
+import ctypes
 import math
-import pickle
 import platform
 import shutil
-import struct
-import urllib.error
-import warnings
-import zipfile
-from collections.abc import Callable
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,178 +18,154 @@ import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from captions import Tokenizer, WordPieces
 from cli import UserError, atomic_write
-from dataset import Tokenizer
+from images import AUGMENTATIONS
+from towers import (
+    IMAGE_TOWERS,
+    NOT_A_CHECKPOINT,
+    TEXT_TOWERS,
+    first_line,
+    load_image_weights,
+    load_text_weights,
+)
 
-# ----------------------------------------------------------------------------- image towers
-
-
-def resnet(name: str, weights: str, stem: str) -> tuple[nn.Module, int]:
-    """A torchvision ResNet without its classifier: (module, width of its features).
-
-    stem `small` takes the first 7 x 7 stride-2 convolution and the pooling behind it for a 3 x 3
-    stride-2 convolution: half the stride, twice the resolution in every stage.
-    """
-    module = getattr(torchvision.models, name)(weights=None)
-    if weights != "none":
-        if stem == "small":
-            raise UserError("--stem small has no pretrained weights; use --stem imagenet")
-        load_image_weights(module, name, weights)
-    width = module.fc.in_features
-    module.fc = nn.Identity()
-    if stem == "small":
-        module.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
-        nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
-        module.maxpool = nn.Identity()
-    return module, width
+# --------------------------------------------------------------------------- projection heads
 
 
-def load_image_weights(module: nn.Module, name: str, weights: str) -> None:
-    """Loads torchvision's ImageNet weights, or a file of the same format, into `module`."""
-    try:
-        if weights == "imagenet":
-            url = torchvision.models.get_model_weights(name).DEFAULT.url
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
-        else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-    except (urllib.error.URLError, TimeoutError) as error:
-        raise UserError(
-            f"the ImageNet weights of {name} cannot be fetched ({error}); download them elsewhere "
-            "and give --image-weights PATH, or train with --image-weights none"
-        ) from error
-    except (OSError, *NOT_A_CHECKPOINT) as error:
-        raise UserError(f"--image-weights {weights} cannot be read: {first_line(error)}") from error
-    try:
-        module.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"--image-weights {weights} are not those of a {name}") from error
+class LinearHead(nn.Linear):
+    """The assignment's projection: one matrix, no bias."""
+
+    def __init__(self, width: int, embed_dim: int, dropout: float):
+        super().__init__(width, embed_dim, bias=False)
+        self.dropout = dropout
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.dropout(features, self.dropout, self.training))
 
 
-# name -> build(name, weights, stem) -> (module, width of its features)
-IMAGE_TOWERS: dict[str, Callable[[str, str, str], tuple[nn.Module, int]]] = {
-    "resnet18": resnet,
-    "resnet50": resnet,
-}
+class ResidualMLP(nn.Module):
+    """Standardised features through a linear map, plus what two layers add to it."""
 
-# ------------------------------------------------------------------------------ text towers
-
-warnings.filterwarnings("ignore", "Converting mask without|TypedStorage")  # of torch 2.0
-
-
-class TextTransformer(nn.Module):
-    """A pre-norm Transformer encoder; a text's feature is the mean over its own tokens."""
-
-    def __init__(self, vocabulary: int, max_tokens: int, width: int, layers: int, dropout: float):
+    def __init__(self, width: int, embed_dim: int, dropout: float):
         super().__init__()
-        self.words = nn.Embedding(vocabulary, width)
-        self.positions = nn.Parameter(torch.zeros(max_tokens, width))
-        nn.init.normal_(self.words.weight, std=0.02)
-        nn.init.normal_(self.positions, std=0.01)
-        # Heads of 64 numbers or a little more: their count has to divide the width.
-        heads = next(n for n in range(width // 64 or 1, 0, -1) if width % n == 0)
-        layer = nn.TransformerEncoderLayer(
-            width, heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True
-        )
-        self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), False)
-        self.width = width
+        self.norm = nn.BatchNorm1d(width, affine=False)
+        self.dropout = dropout
+        self.linear = nn.Linear(width, embed_dim)
+        self.hidden, self.out = nn.Linear(width, 2 * embed_dim), nn.Linear(2 * embed_dim, embed_dim)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (B, L), 0 where padded -> features (B, width)."""
-        real = tokens != Tokenizer.PAD
-        x = self.words(tokens) + self.positions[: tokens.shape[1]]  # (B, L, width)
-        # Under autocast torch 2.0 wants the mask in the type that its products come in.
-        kind = (x[:1, :1] @ x[:1, :1].mT).dtype
-        hidden = ~real
-        if kind != x.dtype:
-            hidden = torch.zeros_like(real, dtype=kind).masked_fill(~real, float("-inf"))
-        x = self.blocks(x, src_key_padding_mask=hidden)
-        x = x.masked_fill(~real[..., None], 0.0)
-        return x.sum(1) / real.sum(1, keepdim=True)
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        x = self.norm(features)
+        dropped, again = (F.dropout(x, self.dropout, self.training) for _ in range(2))
+        hidden = F.dropout(F.gelu(self.hidden(again)), self.dropout, self.training)
+        return self.linear(dropped) + self.out(hidden)
 
 
-class TextLSTM(nn.Module):
-    """A bidirectional LSTM over packed texts; a text's feature is the maximum over its tokens."""
-
-    def __init__(self, vocabulary: int, max_tokens: int, width: int, layers: int, dropout: float):
-        super().__init__()
-        self.words = nn.Embedding(vocabulary, width)
-        nn.init.normal_(self.words.weight, std=0.1)
-        self.drop = nn.Dropout(dropout)
-        between = dropout if layers > 1 else 0.0
-        self.lstm = nn.LSTM(width, width, layers, True, True, between, bidirectional=True)
-        self.width = 2 * width
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (B, L), 0 where padded -> features (B, 2 * width)."""
-        lengths = (tokens != Tokenizer.PAD).sum(1).cpu()  # packing wants them on the CPU
-        x = self.drop(self.words(tokens))
-        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        x, _ = pad_packed_sequence(self.lstm(packed)[0], True, padding_value=float("-inf"))
-        return x.amax(1)
-
-
-TEXT_TOWERS: dict[str, type[nn.Module]] = {"transformer": TextTransformer, "lstm": TextLSTM}
+HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "mlp": ResidualMLP}
 
 # ------------------------------------------------------------------------------ the two of them
 
 
 class CLIP(nn.Module):
-    """Two towers, a linear projection each, and a learned temperature."""
+    """Two towers, a projection each, and a learned temperature."""
 
     MAX_SCALE = 100.0
 
     def __init__(self, config: dict[str, Any], transform: dict[str, Any], vocabulary: int):
         super().__init__()
-        build = IMAGE_TOWERS[config["image_tower"]]
-        self.image_tower, width = build(
-            config["image_tower"], config["image_weights"], config["stem"]
-        )
-        self.text_tower = TEXT_TOWERS[config["text_tower"]](
-            vocabulary,
-            config["max_tokens"],
-            config["text_width"],
-            config["text_layers"],
-            config["dropout"],
-        )
-        self.image_projection = nn.Linear(width, config["embed_dim"], bias=False)
-        self.text_projection = nn.Linear(self.text_tower.width, config["embed_dim"], bias=False)
+        images = IMAGE_TOWERS[config["image_tower"]].build(config["image_tower"], config)
+        texts = TEXT_TOWERS[config["text_tower"]].build(config, vocabulary)
+        head, embed_dim = HEADS[config["head"]], config["embed_dim"]
+        self.image_tower, self.text_tower = images.module, texts.module
+        self.image_blocks, self.text_blocks = images.blocks, texts.blocks
+        self.text_width, self.embed_dim = texts.width, embed_dim
+        self.image_projection = head(images.width, embed_dim, config["image_dropout"])
+        self.text_projection = head(texts.width, embed_dim, config["text_dropout"])
         # The logarithm of 1 / temperature, as in CLIP; `scale()` is the factor itself.
         self.logit_scale = nn.Parameter(
             torch.tensor(math.log(1 / config["temperature"])), not config["fixed_temperature"]
         )
+        # Of the sigmoid loss alone, which starts with nearly every pair called wrong (SigLIP).
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0), "siglip" in config["loss"])
         self.autocast: torch.dtype | None = None  # of the towers in training; None: float32
+        self.always_lower = False  # features.py sets it: frozen blocks as training would run them
+        self.pretrained = config["image_weights"] != "none"
+        self.mirror = transform["mirror"]
         for name in ("mean", "std"):
             value = torch.tensor(transform[name]).view(1, 3, 1, 1)
             self.register_buffer(f"pixel_{name}", value, persistent=False)
 
+    @property
+    def device(self) -> torch.device:
+        return self.logit_scale.device
+
+    def train_towers(self, image: str, text: str) -> None:
+        """Lets the last `image` and `text` blocks learn (0: none, "all": the whole tower)."""
+        towers = (
+            (image, self.image_tower, self.image_blocks),
+            (text, self.text_tower, self.text_blocks),
+        )
+        for wanted, tower, blocks in towers:
+            tower.requires_grad_(wanted == "all")
+            for block in [] if wanted == "all" else with_weights(blocks)[::-1][: int(wanted)]:
+                block.requires_grad_(True)
+
+    def first_that_learns(self) -> int:
+        """The place of the first image block with a weight that learns, or how many there are."""
+        for place, block in enumerate(self.image_blocks):
+            if any(weight.requires_grad for weight in block.parameters()):
+                return place
+        return len(self.image_blocks)
+
     def train(self, mode: bool = True) -> "CLIP":
-        """Like nn.Module.train, but a module with all its weights frozen stays in eval mode."""
+        """Like nn.Module.train, but a module with all its weights frozen stays in eval mode.
+
+        So do the batch norms of a pretrained image tower: its statistics are better than those of
+        small batches.
+        """
         super().train(mode)
         for module in list(self.modules())[1:]:  # without the model itself, whose eval() leads here
             weights = list(module.parameters())
             if weights and not any(weight.requires_grad for weight in weights):
                 module.eval()
+        if self.pretrained:
+            for module in self.image_tower.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
         return self
 
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """images (B, 3, H, W) in [0, 1] -> unit-length embeddings (B, embed_dim), float32."""
+    def normalised(self, images: torch.Tensor) -> torch.Tensor:
+        return (images - self.pixel_mean) / self.pixel_std
+
+    def encode_image(self, images: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """images (B, 3, H, W) in [0, 1] -> unit-length embeddings (B, embed_dim), float32.
+
+        With `start`, `images` is the input of that block, as features.py keeps it.
+        """
         with self.lower_precision():
-            features = self.image_tower((images - self.pixel_mean) / self.pixel_std)
+            if start:
+                features = images
+                for block in self.image_blocks[start:]:
+                    features = block(features)
+            else:
+                features = self.image_tower(self.normalised(images))
         return F.normalize(self.image_projection(features.float()), dim=-1)
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (B, L), 0 where padded -> unit-length embeddings (B, embed_dim), float32."""
+        """tokens (B, L), 0 where padded -> unit-length embeddings (B, embed_dim), float32.
+
+        `tokens` that are not whole numbers are features of the tower, as features.py keeps them.
+        """
         with self.lower_precision():
-            features = self.text_tower(tokens)
+            features = tokens if tokens.is_floating_point() else self.text_tower(tokens)
         return F.normalize(self.text_projection(features.float()), dim=-1)
 
     def lower_precision(self) -> AbstractContextManager:
         """Autocast for a tower in training; evaluation, projections and loss stay in float32."""
-        if self.autocast is None or not self.training:
+        if self.autocast is None or not (self.training or self.always_lower):
             return nullcontext()
-        return torch.autocast(self.logit_scale.device.type, self.autocast)
+        return torch.autocast(self.device.type, self.autocast)
 
     def scale(self) -> torch.Tensor:
         """The factor on the cosines, at most MAX_SCALE; there it still has its gradient."""
@@ -201,9 +173,13 @@ class CLIP(nn.Module):
         return self.logit_scale.clamp(max=math.log(self.MAX_SCALE) + 1e-6).exp()
 
     def forward(
-        self, images: torch.Tensor, tokens: torch.Tensor
+        self, images: torch.Tensor, tokens: torch.Tensor, start: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.encode_image(images), self.encode_text(tokens), self.scale()
+        return self.encode_image(images, start), self.encode_text(tokens), self.scale()
+
+
+def with_weights(blocks: list[nn.Module]) -> list[nn.Module]:
+    return [block for block in blocks if any(True for _ in block.parameters())]
 
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -212,19 +188,76 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 def image_transform(config: dict[str, Any]) -> dict[str, Any]:
     """How a picture becomes the model's input; it travels in the checkpoint.
 
-    Pictures are decoded to `stored_size` (bicubic, squashed to a square), an eighth larger than
-    the input so that a crop keeps its sharpness, then resized to `image_size`.
+    Pictures are decoded to `stored_size` (bicubic, squashed to a square), which is an eighth larger
+    than the input where they are cropped, so that a crop keeps its sharpness, then resized to
+    `image_size`. With `mirror` an embedding is the mean of the picture's and its mirror image's.
     """
-    stored = 64 if config["data"] == "shapes" else config["image_size"] * 9 // 8
-    return {"image_size": config["image_size"], "stored_size": stored, **IMAGENET}
+    cropped = AUGMENTATIONS[config["image_augment"]].area < 1
+    stored = config["image_size"] * 9 // 8 if cropped else config["image_size"]
+    return {
+        "image_size": config["image_size"],
+        "stored_size": 64 if config["data"] == "shapes" else stored,
+        "mirror": config["test_mirror"],
+        **IMAGENET,
+    }
 
 
-def build_model(config: dict[str, Any], transform: dict[str, Any], tokenizer: Tokenizer) -> CLIP:
-    """Builds the model; its random weights come from config["seed"] alone."""
+def make_tokenizer(config: dict[str, Any], vocabulary: list[str]) -> Tokenizer | WordPieces:
+    """The tokenizer that the text tower reads."""
+    if "text_architecture" in config:
+        return WordPieces(vocabulary, config["max_tokens"], config["text_lower_case"])
+    return Tokenizer(vocabulary, config["max_tokens"])
+
+
+def build_model(
+    config: dict[str, Any],
+    transform: dict[str, Any],
+    tokenizer: Tokenizer | WordPieces,
+    text_folder: Path | None = None,
+    pretrained: bool = True,
+) -> CLIP:
+    """Builds the model; its random weights come from config["seed"] alone.
+
+    With `pretrained` the weights that config["image_weights"] and `text_folder` name are loaded.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
         model = CLIP(config, transform, len(tokenizer.vocabulary))
+    if pretrained and config["image_weights"] != "none":
+        tower = IMAGE_TOWERS[config["image_tower"]].build(config["image_tower"], config)
+        load_image_weights(tower, config["image_tower"], config["image_weights"])
+        model.image_tower.load_state_dict(tower.module.state_dict())
+    if pretrained and text_folder:
+        load_text_weights(model.text_tower, text_folder)
     return model.to(memory_format=torch.channels_last)
+
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """`auto` asks the device; bf16 emulated by a CPU is several times slower than fp32."""
+    if name == "fp16" and device.type == "cpu":
+        raise UserError("--precision fp16 needs a GPU; use bf16, fp32 or auto")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native = any(getattr(torch.cpu, test, lambda: False)() for test in tests)
+    return "bf16" if device.type == "cpu" and native else "fp32"
+
+
+def keep_memory() -> None:
+    """Tells glibc to keep freed memory: large batches on a CPU are 1.6 to 2 times as fast for it.
+
+    Otherwise every large tensor is mapped afresh, and its pages are zeroed again.
+    """
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "mallopt"):  # musl has none
+            for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
+                library.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
 def choose_device(name: str) -> torch.device:
@@ -243,16 +276,7 @@ def choose_device(name: str) -> torch.device:
 
 # ------------------------------------------------------------------------------ checkpoints
 
-FORMAT, VERSION = "mini-clip", 1
-NOT_A_CHECKPOINT = (
-    *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError),
-    *(ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, struct.error),
-)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error, without the advice that torch's go on with."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0].split(". ")[0][:120]
+FORMAT, VERSION = "mini-clip", 2
 
 
 def save_checkpoint(path: Path, content: dict[str, Any], copy: Path | None = None) -> None:
@@ -301,12 +325,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def model_from_checkpoint(content: dict[str, Any], path: Path) -> tuple[CLIP, Tokenizer]:
+def model_from_checkpoint(
+    content: dict[str, Any], path: Path
+) -> tuple[CLIP, Tokenizer | WordPieces]:
     """Builds the model and the tokenizer that a checkpoint holds."""
     try:
-        config = {**content["config"], "image_weights": "none"}  # its own weights come next
-        tokenizer = Tokenizer(content["vocabulary"], config["max_tokens"])
-        model = build_model(config, content["transform"], tokenizer)
+        config = content["config"]
+        tokenizer = make_tokenizer(config, content["vocabulary"])
+        model = build_model(config, content["transform"], tokenizer, pretrained=False)
         model.load_state_dict(content["model"])
     except NOT_A_CHECKPOINT as error:
         raise UserError(f"{path} holds another model: {first_line(error)}") from error

@@ -14,121 +14,122 @@ import math
 import signal
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
+from captions import Rewriter, Tokenizer, WordPieces, parse_rates
 from cli import UserError, atomic_write, run, warn
-from dataset import Batch, Dataset, Feed, Split, Tokenizer, limited, load_dataset
-from evaluate import contrastive_loss, evaluate_split
+from dataset import Batch, Dataset, Feed, Split, limited, load_dataset
+from evaluate import NOTHING, Cached, contrastive_loss, evaluate_split
+from features import image_features, opened, text_features
 from flags import MAY_CHANGE, build_parser, resolve
 from images import augment
-from loss import info_nce
+from loss import combined
+from metrics import table_head, table_line
 from models import (
+    AUTOCAST,
     CLIP,
     build_model,
     choose_device,
+    choose_precision,
     image_transform,
+    keep_memory,
     load_checkpoint,
+    make_tokenizer,
     model_from_checkpoint,
     save_checkpoint,
 )
+from optimizer import (
+    Average,
+    Phase,
+    build_optimizer,
+    learning_rate,
+    phases_of,
+    plateau_factor,
+)
+from towers import TEXT_TOWERS, read_text_folder, text_folder
 from visualize import draw_curves
-
-# ----------------------------------------------------------------------------- the schedule
-
-
-def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Linear warm-up over `warmup` steps, then half a cosine down to 0 at `steps`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def build_optimizer(model: CLIP, config: dict[str, Any]) -> torch.optim.AdamW:
-    """AdamW; norms, biases and logit_scale (all with fewer than two dimensions) do not decay."""
-    weights = [w for w in model.parameters() if w.requires_grad]
-    groups = [
-        {"params": [w for w in weights if w.ndim >= 2], "weight_decay": config["weight_decay"]},
-        {"params": [w for w in weights if w.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config["lr"], betas=(0.9, 0.98))
-
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """`auto` asks the device; bf16 emulated by a CPU is several times slower than fp32."""
-    if name == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 needs a GPU; use bf16, fp32 or auto")
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    native = any(getattr(torch.cpu, test, lambda: False)() for test in tests)
-    return "bf16" if device.type == "cpu" and native else "fp32"
-
 
 # ------------------------------------------------------------------------------ one epoch
 
 
 @dataclass
 class Trainer:
-    """What changes from step to step."""
+    """What changes from step to step in a phase."""
 
     model: CLIP
     optimizer: torch.optim.Optimizer
     scaler: Any  # a GradScaler, which does nothing unless the precision is fp16
+    average: Average | None  # of the weights, with --ema
     config: dict[str, Any]
     device: torch.device
+    phase: Phase
     steps: int  # in an epoch
+    start: int  # the image block that the feed's features are the input of; 0: pixels
 
-    def rate(self, step: int) -> float:
+    def set_rates(self, step: int, factor: float) -> float:
+        """Sets every group's learning rate for a step of the phase; returns the largest."""
+        steps = (self.phase.last - self.phase.first + 1) * self.steps
         warmup = round(self.config["warmup"] * self.steps)
-        return learning_rate(step, self.config["epochs"] * self.steps, warmup, self.config["lr"])
+        share = factor * learning_rate(step, steps, warmup, 1.0, self.config["schedule"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def step(self, loss: torch.Tensor) -> None:
+        """One step of the optimizer, and of the average."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        if self.config["grad_clip"]:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config["grad_clip"])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        with torch.no_grad():  # as in CLIP: beyond 100 training becomes unstable
+            self.model.logit_scale.clamp_(max=math.log(CLIP.MAX_SCALE))
+        if self.average:
+            self.average.update()
 
 
-def train_epoch(trainer: Trainer, epoch: int, batches: Iterable[Batch]) -> dict[str, float]:
+def train_epoch(
+    trainer: Trainer, epoch: int, batches: Iterable[Batch], factor: float = 1.0
+) -> dict[str, float]:
     """One pass over `batches`: the mean loss, the last learning rate and images a second.
 
     Raises UserError when the loss is not finite or the embeddings have collapsed; the weights are
     then still those before that step.
     """
-    model, config = trainer.model.train(), trainer.config
+    model, config, device = trainer.model.train(), trainer.config, trainer.device
     shuffler = torch.Generator().manual_seed(config["seed"] * 1_000_003 + epoch)
     total = seen = 0
     started = time.perf_counter()
     bar = tqdm(batches, f"epoch {epoch}", trainer.steps, unit="batch", leave=False, disable=None)
     for index, batch in enumerate(bar):
-        step = (epoch - 1) * trainer.steps + index
-        for group in trainer.optimizer.param_groups:
-            group["lr"] = trainer.rate(step)
-        pixels = batch.pixels.to(trainer.device, non_blocking=True)
-        images = augment(pixels, config["image_size"], config["image_augment"], shuffler)
-        repeats = len(batch.tokens) // len(images)
-        ids = torch.arange(len(images), device=trainer.device).repeat_interleave(repeats)
-        image_embeddings, text_embeddings, scale = model(images, batch.tokens.to(trainer.device))
-        loss = info_nce(image_embeddings[ids], text_embeddings, scale, ids)
+        rate = trainer.set_rates((epoch - trainer.phase.first) * trainer.steps + index, factor)
+        images = batch.images.to(device, non_blocking=True)
+        if trainer.start:
+            images = opened(images)
+        else:
+            images = augment(images, config["image_size"], config["image_augment"], shuffler)
+        repeats = len(batch.texts) // len(images)
+        ids = torch.arange(len(images), device=device).repeat_interleave(repeats)
+        images, texts, scale = model(images, batch.texts.to(device), trainer.start)
+        loss = combined(images[ids], texts, scale, model.logit_bias, ids, config)
         value = loss.item()
         if not math.isfinite(value):
             raise UserError(f"{where(epoch, index)}: the loss is {value}; {WHAT_THEN}")
-        check_spread(image_embeddings, text_embeddings, where(epoch, index))
-        trainer.optimizer.zero_grad(set_to_none=True)
-        trainer.scaler.scale(loss).backward()
-        if config["grad_clip"]:
-            trainer.scaler.unscale_(trainer.optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"])
-        trainer.scaler.step(trainer.optimizer)
-        trainer.scaler.update()
-        with torch.no_grad():  # as in CLIP: beyond 100 training becomes unstable
-            model.logit_scale.clamp_(max=math.log(CLIP.MAX_SCALE))
+        check_spread(images, texts, where(epoch, index))
+        trainer.step(loss)
         total, seen = total + value * len(images), seen + len(images)
         bar.set_postfix(loss=f"{value:.3f}", rate=f"{seen / (time.perf_counter() - started):.0f}/s")
     return {
         "train_loss": total / seen,
-        "lr": trainer.rate(step),
+        "lr": rate,
         "images_per_second": seen / (time.perf_counter() - started),
     }
 
@@ -154,37 +155,6 @@ def check_spread(images: torch.Tensor, texts: torch.Tensor, place: str) -> None:
 
 
 # ------------------------------------------------------------------------------- the run
-
-COLUMNS = {  # of the table on the screen: key -> (title, format)
-    "epoch": ("epoch", "{:5d}"),
-    "train_loss": ("loss", "{:7.3f}"),
-    "dev_loss": ("dev loss", "{:8.3f}"),
-    "top1_i2t": ("top1 i2t", "{:8.1f}"),
-    "top1_t2i": ("t2i", "{:5.1f}"),
-    "i2t_r1": ("i2t R@1", "{:7.1f}"),
-    "i2t_r5": ("R@5", "{:5.1f}"),
-    "i2t_r10": ("R@10", "{:5.1f}"),
-    "i2t_medr": ("medr", "{:5.0f}"),
-    "t2i_r1": ("t2i R@1", "{:7.1f}"),
-    "t2i_r5": ("R@5", "{:5.1f}"),
-    "t2i_r10": ("R@10", "{:5.1f}"),
-    "t2i_medr": ("medr", "{:5.0f}"),
-    "mean_recall": ("mean", "{:5.1f}"),
-    "logit_scale": ("scale", "{:5.1f}"),
-    "images_per_second": ("img/s", "{:6.0f}"),
-    "seconds": ("s", "{:5.0f}"),
-}
-
-
-def table_head() -> str:
-    widths = {key: len(form.format(0)) for key, (_, form) in COLUMNS.items()}
-    return " ".join(title.rjust(widths[key]) for key, (title, _) in COLUMNS.items())
-
-
-def table_line(record: dict[str, float]) -> str:
-    return " ".join(
-        form.format(record[key]).rjust(len(title)) for key, (title, form) in COLUMNS.items()
-    )
 
 
 def write_history(path: Path, history: list[dict[str, float]]) -> None:
@@ -228,22 +198,88 @@ class Run:
     """A run from its first epoch to its last: what it needs and what it has done so far."""
 
     out: Path
+    cache: Path
     config: dict[str, Any]
     dataset: Dataset
+    split: Split
     dev: Split
-    feed: Feed
-    tokenizer: Tokenizer
-    trainer: Trainer
-    history: list[dict[str, float]]
+    tokenizer: Tokenizer | WordPieces
+    model: CLIP
+    rewriter: Rewriter | None
+    history: list[dict[str, float]] = field(default_factory=list)
+    trainer: Trainer | None = None
+    feed: Feed | None = None
+    cached: Cached = NOTHING
+
+    def begin(self, phase: Phase) -> None:
+        """Sets up a phase: which blocks learn, the features below them, the optimizer."""
+        config, model = self.config, self.model
+        self.tokenizer.cut = 0
+        tokens, dev_tokens = (self.tokenizer(each.captions) for each in (self.split, self.dev))
+        starts = []
+        for each in [p for p in phases_of(config) if p.first >= phase.first][::-1]:
+            model.train_towers(each.image, each.text)  # the last is `phase` itself
+            starts.insert(0, model.first_that_learns() if config["views"] else 0)
+        images, rows, self.cached = self.dataset.pixels, self.split.images, NOTHING
+        if start := starts[0]:
+            wanted, place = sorted(set(starts) - {0}), sorted(set(starts) - {0}).index(start)
+            views = {"train": config["views"], "dev": 1 + config["test_mirror"]}
+            images, dev_images = (
+                image_features(
+                    *(model, self.dataset, split.images, tuple(wanted), views[split.name]),
+                    *(config, self.cache, split.name),
+                )[place]
+                for split in (self.split, self.dev)
+            )
+            rows, self.cached = np.arange(len(rows)), Cached(dev_images, start)
+        texts = tokens.numpy()
+        if phase.text == "0" and not self.rewriter:
+            texts, dev_texts = (
+                text_features(model, given, config, self.cache, name)
+                for given, name in ((tokens, "train"), (dev_tokens, "dev"))
+            )
+            self.cached = self.cached._replace(texts=dev_texts)
+        self.feed = Feed(
+            images,
+            rows,
+            self.split,
+            texts,
+            config["batch_size"],
+            config["captions_per_image"],
+            config["seed"],
+        )
+        place = model.device
+        make_scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
+        scaler = make_scaler(enabled=config["precision"] == "fp16" and place.type == "cuda")
+        average = Average(model, config["ema"]) if config["ema"] else None
+        optimizer = build_optimizer(model, config, phase.rates)
+        steps = self.feed.batches()
+        self.trainer = Trainer(
+            model, optimizer, scaler, average, config, place, phase, steps, start
+        )
+
+    def texts_of(self, epoch: int) -> Feed:
+        """The feed of an epoch: with --text-augment its captions are rewritten."""
+        if not self.rewriter:
+            return self.feed
+        random = np.random.default_rng([self.config["seed"], epoch])
+        captions = list(self.split.captions)
+        for row in np.sort(np.concatenate([texts for _, texts in self.feed.plan(epoch)])):
+            captions[row] = self.rewriter(captions[row], random)
+        return replace(self.feed, texts=self.tokenizer(captions).numpy())
 
     def epoch(self, epoch: int) -> None:
         """Trains an epoch, measures dev, and keeps the result: checkpoints, history, curves."""
-        started, model = time.perf_counter(), self.trainer.model
+        started, model, average = time.perf_counter(), self.model, self.trainer.average
         record: dict[str, float] = {"epoch": epoch}
-        batches = self.feed.epoch(epoch, ahead=self.config["workers"] > 0)
-        record |= train_epoch(self.trainer, epoch, batches)
+        batches = self.texts_of(epoch).epoch(epoch, ahead=self.config["workers"] > 0)
+        scores = [past["mean_recall"] for past in self.history[self.trainer.phase.first - 1 :]]
+        factor = plateau_factor(scores) if self.config["schedule"] == "plateau" else 1.0
+        record |= train_epoch(self.trainer, epoch, batches, factor)
+        if average:
+            average.swap()
         size = self.config["image_size"]
-        embedded = evaluate_split(model, self.tokenizer, self.dataset, self.dev, size)
+        embedded = evaluate_split(model, self.tokenizer, self.dataset, self.dev, size, self.cached)
         images, texts = embedded.image_embeddings, embedded.text_embeddings
         check_spread(torch.from_numpy(images), torch.from_numpy(texts), f"epoch {epoch}, dev")
         scale = model.scale().item()
@@ -253,9 +289,11 @@ class Run:
         self.history.append(record)
         best = self.out / "best.pt" if self.stale() == 0 else None
         save_checkpoint(self.out / "last.pt", self.content(), copy=best)
+        if average:
+            average.swap()
         write_history(self.out / "history.csv", self.history)
-        footer = f"{self.dataset.layout}, {self.dataset.splits} splits"
-        footer += "; SPLIT BY CAPTION: flatters" if self.dataset.by_caption else ""
+        flatters = "; SPLIT BY CAPTION: flatters" if self.dataset.by_caption else ""
+        footer = f"{self.dataset.layout}, {self.dataset.splits} splits{flatters}"
         draw_curves(self.history, self.out / "curves.png", footer)
 
     def best(self) -> dict[str, float]:
@@ -274,7 +312,7 @@ class Run:
     def content(self) -> dict[str, Any]:
         """What the checkpoint holds: enough to go on in the same bits, and to be evaluated."""
         names, digests = self.dataset.names, self.dataset.digests
-        trained_on = self.feed.split.images
+        trained_on, average = self.split.images, self.trainer.average
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return {
             "epoch": len(self.history),
@@ -282,7 +320,8 @@ class Run:
             "config": self.config,
             "transform": image_transform(self.config),
             "vocabulary": self.tokenizer.vocabulary,
-            "model": self.trainer.model.state_dict(),
+            "model": self.model.state_dict(),  # with --ema the average
+            "average": average.state_dict() if average else None,  # with --ema the weights
             "optimizer": self.trainer.optimizer.state_dict(),
             "scaler": self.trainer.scaler.state_dict(),
             "history": self.history,
@@ -302,6 +341,12 @@ def prepare(
     """Builds a run from its flags; `content` is the checkpoint that it goes on from, or None."""
     place = choose_device(device)
     transform = image_transform(config)
+    folder = None
+    if content is None and TEXT_TOWERS[config["text_tower"]].folder:
+        weights = config["text_weights"]
+        folder = text_folder(config["text_tower"], "pretrained" if weights == "none" else weights)
+        known, vocabulary, config["text_lower_case"] = read_text_folder(folder)
+        config["text_architecture"] = known
     dataset = load_dataset(
         config["data"], config["splits"], transform["stored_size"], cache, config["workers"]
     )
@@ -312,54 +357,57 @@ def prepare(
             f"is {content['fingerprint']}); put it back, or start a new run"
         )
     split = limited(dataset.split("train"), config["limit"], config["seed"])
-    dev = dataset.split("dev")
     if content:
         model, tokenizer = model_from_checkpoint(content, out / "last.pt")
     else:
-        tokenizer = Tokenizer.train(split.captions, config["min_count"], config["max_tokens"])
-        model = build_model(config, transform, tokenizer)
+        if folder:
+            tokenizer = make_tokenizer(config, vocabulary)
+        else:
+            tokenizer = Tokenizer.train(split.captions, config["min_count"], config["max_tokens"])
+        wanted = folder if config["text_weights"] != "none" else None
+        model = build_model(config, transform, tokenizer, wanted)
     model.to(place)
     model.autocast = AUTOCAST[config["precision"]]
-    feed = Feed(
-        dataset.pixels,
-        split,
-        tokenizer(split.captions).numpy(),
-        config["batch_size"],
-        config["captions_per_image"],
-        config["seed"],
+    rates = parse_rates(config["text_augment"])
+    rewriter = Rewriter(split.captions, split.caption_image, rates) if any(rates.values()) else None
+    history = content["history"] if content else []
+    run = Run(
+        *(out, cache, config, dataset, split, dataset.split("dev"), tokenizer, model, rewriter),
+        history,
     )
-    optimizer = build_optimizer(model, config)
-    make_scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
-    scaler = make_scaler(enabled=config["precision"] == "fp16" and place.type == "cuda")
+    run.begin(next(p for p in phases_of(config) if len(history) < p.last))
     torch.manual_seed(config["seed"])  # dropout draws from torch's own generator
     if content:
-        optimizer.load_state_dict(content["optimizer"])
-        scaler.load_state_dict(content["scaler"])
+        trainer = run.trainer
+        if len(history) >= trainer.phase.first:  # else the phase begins with the next epoch
+            trainer.optimizer.load_state_dict(content["optimizer"])
+            trainer.scaler.load_state_dict(content["scaler"])
+            if trainer.average:
+                trainer.average.load_state_dict(content["average"])
+                trainer.average.swap()  # the checkpoint's model is the average
         torch.set_rng_state(content["random_states"]["cpu"])
         if place.type == "cuda" and content["random_states"]["cuda"]:
             torch.cuda.set_rng_state_all(content["random_states"]["cuda"])
-    trainer = Trainer(model, optimizer, scaler, config, place, feed.batches())
-    history = content["history"] if content else []
-    return Run(out, config, dataset, dev, feed, tokenizer, trainer, history)
-
-
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return run
 
 
 def describe(run: Run) -> str:
     """The line before the table: towers, sizes, precision and what chance would give."""
-    config, tokenizer, model = run.config, run.tokenizer, run.trainer.model
+    config, tokenizer, model = run.config, run.tokenizer, run.model
+    weights = list(model.parameters())
+    learned = sum(weight.numel() for weight in weights if weight.requires_grad)
     return (
         f"model: {config['image_tower']} at {config['image_size']} px and {config['text_tower']}, "
-        f"{sum(weight.numel() for weight in model.parameters()):,} weights; vocabulary "
-        f"{len(tokenizer.vocabulary):,} words, {tokenizer.cut:,} of "
-        f"{len(run.feed.split.captions):,} captions cut to {tokenizer.max_tokens} tokens; "
-        f"{config['precision']} on {run.trainer.device}; {len(run.feed.split.images):,} images in "
-        f"{run.feed.batches():,} batches; chance on dev: R@1 {100 / len(run.dev.images):.2f}%"
+        f"{sum(weight.numel() for weight in weights):,} weights of which {learned:,} learn at "
+        f"first; vocabulary {len(tokenizer.vocabulary):,} words, {tokenizer.cut:,} captions cut to "
+        f"{tokenizer.max_tokens} tokens; {config['precision']} on {model.device}; "
+        f"{len(run.split.images):,} images in {run.feed.batches():,} batches; "
+        f"chance on dev: R@1 {100 / len(run.dev.images):.2f}%"
     )
 
 
 def main(argv: list[str]) -> int:
+    keep_memory()
     parser = build_parser()
     typed = parser.typed(argv)
     options = {**parser.defaults(), **typed}
@@ -401,6 +449,8 @@ def run_epochs(run: Run) -> int:
     print(table_head())
     try:
         while not run.finished():
+            if len(run.history) == run.trainer.phase.last:
+                run.begin(next(p for p in phases_of(run.config) if p.first > len(run.history)))
             run.epoch(len(run.history) + 1)
             print(table_line(run.history[-1]), flush=True)
     except KeyboardInterrupt:

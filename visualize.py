@@ -21,8 +21,9 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 import evaluate
+from captions import Tokenizer, WordPieces
 from cli import Parser, UserError, atomic_write, number, run, warn
-from dataset import Dataset, Split, Tokenizer
+from dataset import Dataset, Split
 from evaluate import Embedded, Loaded, ZeroShot
 from images import thumbnail
 from metrics import KS, TIE, first_captions
@@ -229,7 +230,7 @@ def extreme_cases(made: Embedded, count: int) -> list[list[int]]:
     return [order[np.sort(first_captions(owner[order]))][:count].tolist() for order in orders]
 
 
-def checked_queries(queries: list[str], tokenizer: Tokenizer) -> list[str]:
+def checked_queries(queries: list[str], tokenizer: Tokenizer | WordPieces) -> list[str]:
     """Strips the user's queries; raises UserError for one that the model cannot understand."""
     for query in queries:
         words = [word for word in tokenizer.words(query) if any(map(str.isalnum, word))]

@@ -14,8 +14,9 @@ import torch
 from conftest import names, pairs, photo, script, write_kaggle, write_photos
 
 import dataset
+from captions import Tokenizer
 from cli import UserError
-from dataset import Dataset, Feed, Split, Tokenizer, limited, load_dataset
+from dataset import Dataset, Feed, Split, limited, load_dataset
 
 ROOT = Path(dataset.__file__).parent
 N = 6
@@ -778,7 +779,7 @@ def make_feed(batch_size=4, per_image=1, seed=0, counts=COUNTS) -> Feed:
     tokens = torch.zeros(len(owner), 9, dtype=torch.int64)
     for j, image in enumerate(owner):
         tokens[j, : counts[image] + 3] = torch.tensor([2, 4 + j, *[4] * counts[image], 3])
-    return Feed(pixels, split, tokens.numpy(), batch_size, per_image, seed)
+    return Feed(pixels, split.images, split, tokens.numpy(), batch_size, per_image, seed)
 
 
 def shown(feed: Feed, epoch: int, ahead: bool = False) -> list[tuple[list[int], list[list[int]]]]:
@@ -865,13 +866,13 @@ def test_fetching_ahead_gives_the_same_batches():
         ahead, plain = list(feed.epoch(epoch, True)), list(feed.epoch(epoch, False))
         assert len(ahead) == len(plain) == 4
         for a, b in zip(ahead, plain, strict=True):
-            assert torch.equal(a.pixels, b.pixels) and torch.equal(a.tokens, b.tokens)
+            assert torch.equal(a.images, b.images) and torch.equal(a.texts, b.texts)
     next(feed.epoch(1, True))  # may be left half way
 
 
 def test_an_error_while_fetching_ahead_is_raised():
     feed = make_feed()
-    broken = Feed(feed.pixels[:5], feed.split, feed.tokens, 4, 1, 0)
+    broken = Feed(feed.images[:5], feed.rows, feed.split, feed.texts, 4, 1, 0)
     with pytest.raises(IndexError):
         list(broken.epoch(1, True))
 
@@ -896,7 +897,7 @@ def test_a_real_folder_feeds(photos, load):
     data = load(photos)
     split = data.split("train")
     tokenizer = Tokenizer.train(split.captions, 1, 40)
-    feed = Feed(data.pixels, split, tokenizer(split.captions).numpy(), 8, 1, 0)
+    feed = Feed(data.pixels, split.images, split, tokenizer(split.captions).numpy(), 8, 1, 0)
     table, texts = table_of(pairs(40)), 0
     for planned, batch in zip(feed.plan(1), feed.epoch(1, True), strict=True):
         for image, pixels, tokens in zip(planned[0], *batch, strict=True):

@@ -13,8 +13,9 @@ from test_cli import listed
 from torch import nn
 
 import models
+import towers
+from captions import Tokenizer
 from cli import UserError
-from dataset import Tokenizer
 from flags import build_parser, resolve
 from loss import info_nce
 from models import (
@@ -133,13 +134,13 @@ def test_pixels_are_normalised_inside_the_model(model):
 
 @pytest.mark.parametrize("width", [8, 100, 193, 200, 300])
 def test_any_width_of_the_transformer(width):
-    tower = models.TextTransformer(20, 6, width, 1, 0.0).eval()
+    tower = towers.TextTransformer(20, 6, width, 1, 0.0).eval()
     assert tower(torch.tensor([text(5, length=6)])).shape == (1, width)
 
 
 def test_heads_of_the_usual_widths_have_64_numbers():
     for width, heads in ((64, 1), (256, 4), (512, 8)):
-        tower = models.TextTransformer(20, 6, width, 1, 0.0)
+        tower = towers.TextTransformer(20, 6, width, 1, 0.0)
         assert tower.blocks.layers[0].self_attn.num_heads == heads
 
 
@@ -147,7 +148,7 @@ def test_heads_of_the_usual_widths_have_64_numbers():
     ("stem", "sides"), [("imagenet", [16, 8, 4, 2]), ("small", [32, 16, 8, 4])]
 )
 def test_stems(stem, sides):
-    tower, width = models.resnet("resnet18", "none", stem)
+    tower, width, _ = towers.resnet("resnet18", config(stem=stem))
     tower.eval()
     stages, images = [], torch.rand(1, 3, 64, 64)
     for stage in (tower.layer1, tower.layer2, tower.layer3, tower.layer4):
@@ -157,7 +158,7 @@ def test_stems(stem, sides):
 
 
 def test_resnet50_is_wider():
-    assert models.resnet("resnet50", "none", "imagenet")[1] == 2048
+    assert towers.resnet("resnet50", config()).width == 2048
 
 
 # ------------------------------------------------------------------------------ temperature

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, script, write_kaggle
 
+import optimizer
 import train
 from cli import UserError
 from models import load_checkpoint
@@ -340,13 +341,13 @@ def test_one_line_and_exit_code_2(tmp_path: Path):
 
 
 def test_loss_that_is_not_finite_stops(photos: Path, tmp_path: Path, monkeypatch):
-    out, cache, real, calls = tmp_path / "run", tmp_path / "cache", train.info_nce, []
+    out, cache, real, calls = tmp_path / "run", tmp_path / "cache", train.combined, []
 
     def diverging(*arguments):
         calls.append(1)
         return real(*arguments) * (float("nan") if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(train, "info_nce", diverging)
+    monkeypatch.setattr(train, "combined", diverging)
     with pytest.raises(UserError, match=r"epoch 2, batch 2: the loss is nan"):
         run_train(*start(photos, out, cache, "--epochs", 3))
     assert load_checkpoint(out / "last.pt")["epoch"] == 1
@@ -385,27 +386,32 @@ def test_collapse_stops_and_a_fresh_model_does_not(photo_data: Path, tmp_path: P
 
 
 def test_learning_rate_against_the_closed_form():
-    rates = [train.learning_rate(step, 100, 10, 2.0) for step in range(100)]
+    rates = [optimizer.learning_rate(step, 100, 10, 2.0) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     expected = 1 + np.cos(np.pi * np.arange(90) / 90)
     assert rates[10:] == pytest.approx(expected.tolist())
-    assert train.learning_rate(0, 5, 0, 1.0) == 1.0
-    assert all(0 < train.learning_rate(step, 3, 300, 1.0) <= 1 for step in range(3))
+    assert optimizer.learning_rate(0, 5, 0, 1.0) == 1.0
+    assert all(0 < optimizer.learning_rate(step, 3, 300, 1.0) <= 1 for step in range(3))
 
 
 def test_no_decay_on_norms_biases_and_scale(photo_data: Path, tmp_path: Path):
     config = train.resolve({"data": "shapes"}, train.build_parser().defaults())
     tokenizer = train.Tokenizer.train(["a dog"], 1, 8)
     model = train.build_model(config, train.image_transform(config), tokenizer)
-    groups = train.build_optimizer(model, config).param_groups
-    decayed = {id(weight) for weight in groups[0]["params"]}
-    assert groups[0]["weight_decay"] == config["weight_decay"] and groups[1]["weight_decay"] == 0
+    groups = optimizer.build_optimizer(model, config, (0.1, 0.2, 0.3)).param_groups
+    decayed = {id(x) for group in groups if group["weight_decay"] for x in group["params"]}
+    assert {group["weight_decay"] for group in groups} == {0, config["weight_decay"]}
+    peak = {id(x): group["peak"] for group in groups for x in group["params"]}
+    assert peak[id(model.image_tower.conv1.weight)] == 0.1
+    assert peak[id(model.text_tower.words.weight)] == 0.2
+    assert peak[id(model.text_projection.weight)] == peak[id(model.logit_scale)] == 0.3
     for name, weight in model.named_parameters():
         plain = weight.ndim >= 2
         assert (id(weight) in decayed) == plain, name
         if "bias" in name or "norm" in name or name == "logit_scale":
             assert not plain, name
-    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    learned = [x for x in model.parameters() if x.requires_grad]
+    assert sum(len(group["params"]) for group in groups) == len(learned)
 
 
 def test_precision_follows_the_device(monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 from conftest import TINY, caption, names, photo
 from PIL import Image
 
+import captions
 import dataset
 import evaluate
 import visualize
@@ -61,7 +62,7 @@ def model_file(odd_data, tmp_path_factory) -> Path:
     config = resolve(parser.typed(["--data", str(odd_data), *TINY]), parser.defaults())
     transform, cache = image_transform(config), tmp_path_factory.mktemp("cache")
     data = dataset.load_dataset(str(odd_data), "random", transform["stored_size"], cache, 0)
-    tokenizer = dataset.Tokenizer.train(data.captions, 2, 40)
+    tokenizer = captions.Tokenizer.train(data.captions, 2, 40)
     config = {k: v for k, v in config.items() if k not in ("resume", "cache", "out", "device")}
     content = {
         "epoch": 1,

@@ -1,0 +1,163 @@
+"""What frozen blocks make of pictures and captions, computed once and kept in the cache.
+
+train.py asks for the features of the training and dev images (in several views: whole, mirrored,
+random crops) and trains only what stands above them; an epoch then takes seconds.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cli import UserError
+from dataset import Dataset
+from images import augment, cached_folder, check_space, resize, write_header
+from models import CLIP
+
+FEATURES = "1"  # part of every key: raise it when the same weights would give other features
+
+
+def key_of(*parts: Any) -> str:
+    """sha256 over weights (their bytes), arrays, and whatever JSON can write."""
+    hashed = hashlib.sha256(FEATURES.encode())
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            part = part.detach().cpu().contiguous().numpy()
+        if isinstance(part, np.ndarray):
+            hashed.update(f"{part.dtype} {part.shape}".encode() + part.tobytes())
+        else:
+            hashed.update(json.dumps(part, sort_keys=True).encode("utf-8", "surrogatepass"))
+    return hashed.hexdigest()[:20]
+
+
+def weights_of(modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
+    return [value for module in modules for value in module.state_dict().values()]
+
+
+def views_of(
+    pixels: torch.Tensor, count: int, config: dict[str, Any], first_row: int
+) -> Iterable[torch.Tensor]:
+    """`count` views of a batch of pictures: whole, mirrored, then seeded crops and tints."""
+    whole = resize(pixels, config["image_size"])
+    yield whole
+    if count > 1:
+        yield whole.flip(3).contiguous(memory_format=torch.channels_last)
+    for view in range(2, count):
+        random = torch.Generator().manual_seed(1_000_003 * view + first_row)
+        yield augment(pixels, config["image_size"], config["image_augment"], random)
+
+
+def image_features(
+    model: CLIP,
+    dataset: Dataset,
+    rows: np.ndarray,
+    starts: tuple[int, ...],
+    views: int,
+    config: dict[str, Any],
+    cache: Path,
+    name: str,
+) -> list[np.ndarray]:
+    """For each start, the input of image block `start`: float16 (len(rows), views, ...).
+
+    Feature maps lie channels last, (..., H, W, C), the layout that convolutions are fastest in.
+    The key holds the weights of all blocks below, the preprocessing, and every picture's content.
+    """
+    blocks = model.image_blocks
+    crops = [config["image_augment"]] if views > 2 else []
+    key = key_of(
+        *weights_of(blocks[: max(starts)]),
+        *(model.pixel_mean, model.pixel_std, config["image_size"], config["precision"], crops),
+        *(dataset.pixels.shape[1], views, starts, [dataset.digests[row] for row in rows]),
+    )
+
+    @torch.inference_mode()
+    def build(folder: Path) -> None:
+        files: dict[int, Any] = {}
+        bar = tqdm(total=len(rows), desc=f"{name} images", unit="image", leave=False, disable=None)
+        for first in range(0, len(rows), 32):
+            pixels = torch.from_numpy(dataset.pixels[rows[first : first + 32]])
+            shown = views_of(pixels.to(model.device), views, config, first)
+            made: dict[int, list[np.ndarray]] = {start: [] for start in starts}
+            for images in shown:
+                x = model.normalised(images)
+                for place in range(max(starts) + 1):
+                    if place in made:
+                        made[place].append(stored(x))
+                    if place < max(starts):
+                        with model.lower_precision():
+                            x = blocks[place](x)
+            for start, parts in made.items():
+                both = np.stack(parts, 1)
+                if start not in files:
+                    shape = (len(rows), *both.shape[1:])
+                    check_space(folder, 2 * int(np.prod(shape)))
+                    files[start] = (folder / f"{start}.npy").open("wb")
+                    write_header(files[start], shape, np.float16)
+                files[start].write(both.tobytes())
+            bar.update(len(pixels))
+        bar.close()
+        for file in files.values():
+            file.close()
+
+    folder = cached_folder(cache, f"images-{key}", partial(frozen, model, build))
+    return [np.load(folder / f"{start}.npy", mmap_mode="r") for start in starts]
+
+
+def text_features(
+    model: CLIP, tokens: torch.Tensor, config: dict[str, Any], cache: Path, name: str
+) -> np.ndarray:
+    """The frozen text tower's features of padded tokens: float16 (len(tokens), width).
+
+    The key holds the tower's weights and every token.
+    """
+    key = key_of(*model.text_tower.state_dict().values(), tokens, config["precision"])
+
+    @torch.inference_mode()
+    def build(folder: Path) -> None:
+        lengths = (tokens != 0).sum(1)
+        order = lengths.argsort(stable=True)
+        made = np.empty((len(tokens), model.text_width), np.float16)
+        bar = tqdm(total=len(order), desc=f"{name} texts", unit="text", leave=False, disable=None)
+        for chosen in order.split(128):
+            part = tokens[chosen, : lengths[chosen].max()].to(model.device)
+            with model.lower_precision():
+                made[chosen] = stored(model.text_tower(part))
+            bar.update(len(chosen))
+        bar.close()
+        np.save(folder / "features.npy", made)
+
+    folder = cached_folder(cache, f"texts-{key}", partial(frozen, model, build))
+    return np.load(folder / "features.npy", mmap_mode="r")
+
+
+def frozen(model: CLIP, build: Callable[[Path], None], folder: Path) -> None:
+    """Builds with every module in eval mode, but in the precision of training."""
+    was_training = model.training
+    model.eval().always_lower = True
+    try:
+        build(folder)
+    finally:
+        model.always_lower = False
+        model.train(was_training)
+
+
+def stored(x: torch.Tensor) -> np.ndarray:
+    """A batch of features as it is kept: float16, maps channels last. Raises UserError."""
+    kept = (x.permute(0, 2, 3, 1) if x.ndim == 4 else x).half()
+    if not kept.isfinite().all():
+        raise UserError(
+            "a frozen tower's features do not fit into 16 bits; train it with --views 0"
+        )
+    return kept.cpu().numpy()
+
+
+def opened(x: torch.Tensor) -> torch.Tensor:
+    """A batch of stored features as blocks take it: float32, maps (B, C, H, W)."""
+    x = x.float()
+    return x.permute(0, 3, 1, 2) if x.ndim == 4 else x

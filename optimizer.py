@@ -1,0 +1,130 @@
+"""Which weights learn when, and at what rate; the moving average of the weights.
+
+train.py goes through `phases_of` its config, and asks `learning_rate` at each step.
+A new schedule is one entry of SCHEDULES: the share of the peak rate after warm-up, as a function of
+the share of the steps that are done.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from models import CLIP
+
+
+class Phase(NamedTuple):
+    """Some epochs in which the same blocks learn; a run has one, or two with --head-epochs."""
+
+    first: int
+    last: int
+    image: str  # how many of the image tower's last blocks learn, or "all"
+    text: str
+    rates: tuple[float, float, float]  # peak learning rates: image tower, text tower, the rest
+
+
+def phases_of(config: dict[str, Any]) -> list[Phase]:
+    """Heads first, on frozen pretrained towers, then all that is to learn (Kumar et al. 2022)."""
+    pretrained = [config[f"{tower}_weights"] != "none" for tower in ("image", "text")]
+    wanted = [config["train_image"], config["train_text"]]
+    heads, lr, low = config["head_epochs"], config["lr"], config["tower_lr"]
+    if not heads:
+        rates = [low if known else lr for known in pretrained]
+        return [Phase(1, config["epochs"], *wanted, (*rates, lr))]
+    held = ["0" if known else count for known, count in zip(pretrained, wanted, strict=True)]
+    first = Phase(1, min(heads, config["epochs"]), *held, (lr, lr, lr))
+    return [first, Phase(heads + 1, config["epochs"], *wanted, (low, low, low))]
+
+
+def build_optimizer(
+    model: CLIP, config: dict[str, Any], rates: tuple[float, float, float]
+) -> torch.optim.AdamW:
+    """AdamW; norms, biases and logit_scale (all with fewer than two dimensions) do not decay.
+
+    Each group holds its peak learning rate as `peak`.
+    """
+    groups = []
+    for tower, peak in zip(("image_tower.", "text_tower.", ""), rates, strict=True):
+        for decays in (True, False):
+            chosen = [
+                weight
+                for name, weight in model.named_parameters()
+                if weight.requires_grad
+                and (weight.ndim >= 2) == decays
+                and (name.startswith(tower) if tower else "_tower." not in name)
+            ]
+            decay = config["weight_decay"] if decays else 0.0
+            if chosen:
+                groups.append({"params": chosen, "weight_decay": decay, "peak": peak})
+    return torch.optim.AdamW(groups, lr=config["lr"], betas=(0.9, 0.98))
+
+
+# -------------------------------------------------------------------------- the learning rate
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+    "step": lambda done: 1.0 if done < 0.5 else 0.1 if done < 0.8 else 0.01,
+    "plateau": lambda done: 1.0,  # times `plateau_factor`
+    "constant": lambda done: 1.0,
+}
+
+
+def learning_rate(
+    step: int, steps: int, warmup: int, peak: float, schedule: str = "cosine"
+) -> float:
+    """Linear warm-up over `warmup` steps, then the schedule over the rest."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * SCHEDULES[schedule]((step - warmup) / max(1, steps - warmup))
+
+
+def plateau_factor(scores: list[float], wait: int = 2) -> float:
+    """Halved whenever `wait` epochs in a row bring no better score than the best before."""
+    factor, best, idle = 1.0, float("-inf"), 0
+    for score in scores:
+        best, idle = (score, 0) if score > best else (best, idle + 1)
+        if idle == wait:
+            factor, idle = factor / 2, 0
+    return factor
+
+
+# -------------------------------------------------------------------------- weight averaging
+
+
+class Average:
+    """An exponential moving average of the weights that learn (Polyak and Juditsky 1992).
+
+    Early on it forgets faster, min(decay, (1 + n) / (10 + n)) after n steps, as the first weights
+    are worth little. Batch norm's running statistics are averages already and are not touched.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay, self.steps = decay, 0
+        self.learned = {name: x for name, x in model.named_parameters() if x.requires_grad}
+        self.average = {name: x.detach().clone() for name, x in self.learned.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.steps += 1
+        kept = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        for name, weight in self.learned.items():
+            self.average[name].lerp_(weight, 1 - kept)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """The model gets the average, and the average the model's weights; twice: as before."""
+        for name, weight in self.learned.items():
+            kept = weight.clone()
+            weight.copy_(self.average[name])
+            self.average[name] = kept
+
+    def state_dict(self) -> dict:
+        return {"steps": self.steps, "average": self.average}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.steps = state["steps"]
+        for name, kept in state["average"].items():
+            self.average[name].copy_(kept)

