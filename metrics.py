@@ -129,6 +129,7 @@ COLUMNS = {  # of the table on the screen: key -> (title, format)
     "logit_scale": ("scale", "{:5.1f}"),
     "images_per_second": ("img/s", "{:6.0f}"),
     "seconds": ("s", "{:5.0f}"),
+    "minutes": ("min", "{:6.1f}"),  # since the run began, its preparation included
 }
 
 

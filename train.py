@@ -206,6 +206,7 @@ class Run:
     tokenizer: Tokenizer | WordPieces
     model: CLIP
     rewriter: Rewriter | None
+    since: float  # the clock when the run began, or when its last epoch ended
     history: list[dict[str, float]] = field(default_factory=list)
     trainer: Trainer | None = None
     feed: Feed | None = None
@@ -285,7 +286,9 @@ class Run:
         scale = model.scale().item()
         record["dev_loss"] = contrastive_loss(embedded, scale, self.config["batch_size"])
         record |= embedded.metrics
-        record |= {"logit_scale": scale, "seconds": time.perf_counter() - started}
+        now, past = time.perf_counter(), self.history[-1]["minutes"] if self.history else 0.0
+        record |= {"logit_scale": scale, "seconds": now - started}
+        record["minutes"], self.since = past + (now - self.since) / 60, now
         self.history.append(record)
         best = self.out / "best.pt" if self.stale() == 0 else None
         save_checkpoint(self.out / "last.pt", self.content(), copy=best)
@@ -339,7 +342,7 @@ def prepare(
     config: dict[str, Any], out: Path, cache: Path, content: dict[str, Any] | None, device: str
 ) -> Run:
     """Builds a run from its flags; `content` is the checkpoint that it goes on from, or None."""
-    place = choose_device(device)
+    since, place = time.perf_counter(), choose_device(device)
     transform = image_transform(config)
     folder = None
     if content is None and TEXT_TOWERS[config["text_tower"]].folder:
@@ -373,6 +376,7 @@ def prepare(
     history = content["history"] if content else []
     run = Run(
         *(out, cache, config, dataset, split, dataset.split("dev"), tokenizer, model, rewriter),
+        since,
         history,
     )
     run.begin(next(p for p in phases_of(config) if len(history) < p.last))

@@ -5,6 +5,7 @@ train.py calls `draw_curves` after every epoch. Files named grid_* show pictures
 """
 
 import contextlib
+import csv
 import textwrap
 import unicodedata
 import warnings
@@ -346,6 +347,38 @@ def draw_confusion(path: Path, result: ZeroShot, footer: str) -> None:
         figure.colorbar(shown, label="share of the true class's pictures (%)")
 
 
+def draw_ablations(rows: list[dict[str, str]], path: Path) -> None:
+    """Quality against minutes: a dot for each row of an ablation table, in the table's order."""
+    title = "Recall on dev against minutes of training on 2 cores"
+    footer = "mean of the six recalls (R@1, 5, 10 in both directions)"
+    with canvas(path, 9, 6, title, footer) as (figure, _):
+        axes = figure.subplots()
+        for hue, group in enumerate(dict.fromkeys(row["group"] for row in rows)):
+            chosen = [row for row in rows if row["group"] == group]
+            x = [float(row["minutes"]) for row in chosen]
+            y = [float(row["mean_recall"]) for row in chosen]
+            axes.plot(x, y, "o", color=PALETTE[hue % len(PALETTE)], label=group)
+            for row, *place in zip(chosen, x, y, strict=True):
+                axes.annotate(row["row"], place, (5, 3), textcoords="offset points", size=8)
+        axes.set(xlabel="minutes, features included", ylabel="mean recall (%)", xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.grid(True)
+        axes.legend(loc="upper left")
+
+
+def read_ablations(path: Path) -> list[dict[str, str]]:
+    """The rows of a table like report/ablations.csv. Raises UserError."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            float(row["minutes"]), float(row["mean_recall"]), row["group"], row["row"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        told = "it needs the columns row, group, minutes and mean_recall"
+        raise UserError(f"cannot read the table {path} ({error}); {told}") from error
+    return rows
+
+
 # ------------------------------------------------------------------------------ the script
 
 
@@ -386,7 +419,12 @@ def main(argv: list[str]) -> None:
     flag("--query", action="append", default=[], metavar="TEXT", help="only search it; repeatable")
     flag("--images", type=Path, metavar="DIR", help="search this folder of pictures with --query")
     flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all that is drawn by lot")
+    told = "only draw this table, such as report/ablations.csv: quality against minutes"
+    flag("--ablations", type=Path, metavar="FILE.csv", help=told)
     options = parser.parse_args(argv)
+    if options.ablations:
+        rows = read_ablations(options.ablations)
+        return write(options.out / "ablations.png", lambda path: draw_ablations(rows, path))
     if options.images and not options.query:
         raise UserError('--images needs a text to search for, such as --query "a dog in snow"')
     if options.zero_shot and options.query:

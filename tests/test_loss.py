@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from loss import info_nce
+from cli import UserError
+from loss import combined, info_nce, parse_loss, siglip, triplet
 
 
 def unit(count: int, width: int = 8, seed: int = 0) -> torch.Tensor:
@@ -141,3 +142,74 @@ def test_shapes_that_do_not_fit(images, texts, ids):
             1.0,
             None if ids is None else torch.zeros(ids, dtype=torch.int64),
         )
+
+
+# -------------------------------------------------------- smoothing, sigmoid, triplet, sums
+
+
+def test_label_smoothing_is_cross_entropys_own():
+    images, texts, place = unit(7), unit(7, seed=1), torch.arange(7)
+    logits = 9 * images @ texts.T
+    wanted = sum(F.cross_entropy(x, place, label_smoothing=0.2) for x in (logits, logits.T)) / 2
+    torch.testing.assert_close(info_nce(images, texts, 9.0, None, 0.2), wanted)
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+def test_siglip_against_a_loop(ids):
+    images, texts = unit(9), unit(9, seed=1)
+    total = 0.0
+    for i in range(9):
+        for j in range(9):
+            sign = 1 if ids[i] == ids[j] else -1
+            logit = sign * (8 * float(images[i] @ texts[j]) - 3)
+            total += math.log1p(math.exp(-logit)) / 9
+    made = siglip(images, texts, 8.0, torch.tensor(ids), torch.tensor(-3.0))
+    assert made.item() == pytest.approx(total, 1e-9)
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
+def test_triplet_against_a_loop(ids):
+    images, texts = unit(9), unit(9, seed=1)
+    cosines = (images @ texts.T).numpy()
+    total = 0.0
+    for i in range(9):
+        others = [j for j in range(9) if ids[j] != ids[i]]
+        for scores in (cosines[i], cosines[:, i]):
+            hardest = max((scores[j] for j in others), default=-1.0)
+            total += max(0.0, 0.2 + hardest - cosines[i, i]) / 9
+    assert triplet(images, texts, torch.tensor(ids)).item() == pytest.approx(total, 1e-9)
+
+
+def test_hinges_never_punish_a_positive():
+    """Two captions of one image, the same embedding: neither is the other's hard negative."""
+    same = torch.eye(3)[[0, 0, 1, 2]]
+    assert triplet(same, same, torch.tensor([5, 5, 6, 7])).item() == 0
+    assert triplet(same, same).item() > 0
+
+
+def test_sums_of_losses():
+    images, texts, ids = unit(8), unit(8, seed=1), torch.arange(8)
+    scale, bias = torch.tensor(7.0), torch.tensor(-2.0)
+    config = {"loss": "infonce + 0.2*triplet+3*siglip", "label_smoothing": 0.1}
+    wanted = info_nce(images, texts, scale, ids, 0.1) + 0.2 * triplet(images, texts, ids)
+    wanted = wanted + 3 * siglip(images, texts, scale, ids, bias)
+    torch.testing.assert_close(combined(images, texts, scale, bias, ids, config), wanted)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "hinge", "2*", "0*triplet", "x*siglip", "infonce+", "-1*siglip"]
+)
+def test_losses_that_are_none(text):
+    with pytest.raises(UserError, match="infonce, siglip, triplet"):
+        parse_loss(text)
+
+
+@pytest.mark.parametrize("name", ["siglip", "triplet"])
+def test_gradients_of_the_others(name):
+    images, texts = unit(5).requires_grad_(), unit(5, seed=1).requires_grad_()
+    ids = torch.tensor([0, 0, 1, 2, 3])
+    loss = {
+        "siglip": lambda i, t: siglip(i, t, 5.0, ids, -1.0),
+        "triplet": lambda i, t: triplet(i, t, ids),
+    }
+    assert torch.autograd.gradcheck(loss[name], (images, texts))

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, TINY, script, write_kaggle
+from test_towers import write_bert
 
 import optimizer
 import train
 from cli import UserError
-from models import load_checkpoint
+from models import load_checkpoint, save_checkpoint
 
 
 def run_train(*words: object) -> int:
@@ -48,7 +51,7 @@ def assert_same_run(one: Path, other: Path) -> None:
     first, second = (flat(load_checkpoint(path)) for path in (one, other))
     assert first.keys() == second.keys()
     for place, value in first.items():
-        if place.endswith(("/seconds", "/images_per_second")):
+        if place.endswith(("/seconds", "/minutes", "/images_per_second")):
             continue
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, second[place]), place
@@ -380,6 +383,136 @@ def test_collapse_stops_and_a_fresh_model_does_not(photo_data: Path, tmp_path: P
             words = ["--image-tower", tower, "--text-tower", text, "--lr", 1e-12, "--warmup", 0]
             place = start(photo_data, tmp_path / (tower + text), tmp_path / "cache", "--epochs", 1)
             assert run_train(*place, *words) == 0
+
+
+# ------------------------------------------------------------- pretrained towers and phases
+
+
+@pytest.fixture(scope="module")
+def resnet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in the format of torchvision's."""
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), path)
+    return path
+
+
+PHASES = (
+    *("--head", "mlp", "--head-epochs", 2, "--epochs", 4, "--train-image", 1, "--ema", "0.9"),
+    *(
+        "--image-augment",
+        "mirror",
+        "--test-mirror",
+        "--captions-per-image",
+        2,
+        "--tower-lr",
+        "1e-3",
+    ),
+    *("--loss", "infonce+0.2*triplet", "--text-dropout", "0.1", "--schedule", "linear"),
+)
+
+
+def test_two_phases_stop_and_resume_to_the_same_bits(
+    photo_data: Path, tmp_path: Path, resnet_file: Path
+):
+    """Stopped after each epoch: inside the first phase, between the phases, inside the second."""
+    words = ["--image-weights", resnet_file, *PHASES]
+    whole, parts, cache = tmp_path / "whole", tmp_path / "parts", tmp_path / "cache"
+    assert run_train(*start(photo_data, whole, cache, *words)) == 0
+    real = train.Run.finished
+    for epoch in range(1, 5):
+        train.Run.finished = lambda run, n=epoch: len(run.history) >= n or real(run)
+        try:
+            go_on = ["--resume", parts, "--cache", cache]
+            assert (
+                run_train(*(go_on if epoch > 1 else start(photo_data, parts, cache, *words))) == 0
+            )
+        finally:
+            train.Run.finished = real
+        content = load_checkpoint(parts / "last.pt")
+        content["finished"] = False
+        save_checkpoint(parts / "last.pt", content)
+    a, b = load_checkpoint(whole / "last.pt"), load_checkpoint(parts / "last.pt")
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+    for key, value in a["average"]["average"].items():
+        assert torch.equal(value, b["average"]["average"][key])
+    losses = [[record["train_loss"] for record in content["history"]] for content in (a, b)]
+    assert losses[0] == losses[1]
+
+
+def test_what_learns_in_which_phase(photo_data: Path, tmp_path: Path, resnet_file: Path, capsys):
+    words = ["--image-weights", resnet_file, *PHASES]
+    assert run_train(*start(photo_data, tmp_path / "run", tmp_path / "cache", *words)) == 0
+    assert "images in 2 batches" in capsys.readouterr().out
+    given = torch.load(resnet_file, weights_only=True)
+    model = load_checkpoint(tmp_path / "run" / "last.pt")["model"]
+    changed = {
+        k
+        for k, x in given.items()
+        if k[:3] != "fc." and not torch.equal(model[f"image_tower.{k}"], x)
+    }
+    assert changed and all(key.startswith("layer4.1.") for key in changed)
+    assert not any("running" in key for key in changed)  # frozen statistics
+
+
+@pytest.mark.parametrize("views", [0, 1, 3])
+def test_a_frozen_tower_learns_to_match(
+    photo_data: Path, tmp_path: Path, resnet_file: Path, views: int
+):
+    words = start(photo_data, tmp_path / "run", tmp_path / "cache", "--epochs", 6)
+    more = ["--image-weights", resnet_file, "--views", views, "--image-augment", "light"]
+    assert run_train(*words, *more) == 0
+    history = load_checkpoint(tmp_path / "run" / "last.pt")["history"]
+    assert history[-1]["train_loss"] < 0.9 * history[0]["train_loss"]
+    cached = [path for path in (tmp_path / "cache").iterdir() if path.name.startswith("images-")]
+    assert len(cached) == (2 if views else 0)
+
+
+def test_evaluation_from_the_cache_is_that_from_pixels(
+    photo_data: Path, tmp_path: Path, resnet_file: Path
+):
+    """best.pt, evaluated on dev as a user does, gives the figures of its epoch."""
+    words = ["--image-weights", resnet_file, *PHASES]
+    out = tmp_path / "run"
+    assert run_train(*start(photo_data, out, tmp_path / "cache", *words)) == 0
+    told = ["--split", "dev", "--json", tmp_path / "dev.json", "--cache", tmp_path / "cache"]
+    done = script("evaluate.py", out / "best.pt", *told)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "dev.json").read_text())
+    content = load_checkpoint(out / "best.pt")
+    record = content["history"][content["epoch"] - 1]
+    assert found["mean_recall"] == pytest.approx(record["mean_recall"], abs=4)
+    assert found["i2t_meanr"] == pytest.approx(record["i2t_meanr"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--loss", "siglip", "--schedule", "constant"],
+        ["--loss", "triplet", "--schedule", "plateau"],
+        ["--label-smoothing", "0.1", "--schedule", "step", "--ema", "0.5"],
+        ["--text-augment", "synonym=0.2,delete=0.2,swap=0.2", "--head", "mlp"],
+        ["--image-augment", "strong", "--test-mirror", "--train-text", "1"],
+    ],
+)
+def test_every_flag_trains(photo_data: Path, tmp_path: Path, words: list[str]):
+    place = start(photo_data, tmp_path / "run", tmp_path / "cache", "--epochs", 5)
+    assert run_train(*place, *words) == 0
+    history = load_checkpoint(tmp_path / "run" / "last.pt")["history"]
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+
+
+def test_a_bert_of_the_users_own(photo_data: Path, tmp_path: Path):
+    folder = write_bert(tmp_path / "bert")
+    for trained in ("0", "1"):
+        out = tmp_path / f"run{trained}"
+        words = start(photo_data, out, tmp_path / "cache", "--epochs", 2, "--text-tower", "bert")
+        assert run_train(*words, "--text-weights", folder, "--train-text", trained) == 0
+    shutil.rmtree(folder)  # the checkpoint alone is enough
+    done = script("evaluate.py", out / "best.pt", "--cache", tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    content = load_checkpoint(out / "best.pt")
+    assert content["config"]["text_architecture"]["hidden_size"] == 32
 
 
 # ------------------------------------------------------------------------------ the schedule

@@ -1,0 +1,102 @@
+"""Phases, schedules, learning rates and the average of the weights."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from test_models import build, config, pictures, text
+
+from cli import UserError
+from flags import RECIPES, build_parser, resolve
+from loss import info_nce
+from optimizer import SCHEDULES, Average, learning_rate, phases_of, plateau_factor
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_begin_at_the_peak_and_never_rise(schedule):
+    rates = [learning_rate(step, 100, 10, 2.0, schedule) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert rates[10] == pytest.approx(2.0)
+    assert all(0 < b <= a for a, b in pairwise(rates[10:]))
+
+
+def test_schedules_against_closed_forms():
+    at = {name: [SCHEDULES[name](x) for x in (0, 0.25, 0.5, 0.9)] for name in SCHEDULES}
+    assert at["cosine"] == pytest.approx(
+        [1, (2 + math.sqrt(2)) / 4, 0.5, 0.5 - 0.5 * math.cos(0.1 * math.pi)]
+    )
+    assert at["linear"] == pytest.approx([1, 0.75, 0.5, 0.1])
+    assert at["step"] == [1, 1, 0.1, 0.01]
+    assert at["constant"] == at["plateau"] == [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("scores", "factor"),
+    [
+        *(([], 1), ([5, 6, 7, 8], 1), ([5, 5], 1), ([5, 4, 3], 0.5), ([5, 4, 3, 2], 0.5)),
+        *(([5, 4, 3, 2, 1], 0.25), ([5, 4, 3, 6, 5], 0.5), ([5, 4, 6, 5], 1)),
+    ],
+)
+def test_plateau(scores, factor):
+    assert plateau_factor(scores) == factor
+
+
+def test_average_against_a_loop():
+    model = torch.nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    average, wanted = Average(model, 0.9), model.weight.detach().clone()
+    fixed = model.bias.clone()
+    for step in range(1, 200):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(2, 3))
+            model.bias.add_(0)
+        average.update()
+        kept = min(0.9, (1 + step) / (10 + step))
+        wanted = kept * wanted + (1 - kept) * model.weight.detach()
+    last = model.weight.detach().clone()
+    average.swap()
+    torch.testing.assert_close(model.weight.detach(), wanted)
+    assert torch.equal(model.bias, fixed)
+    average.swap()
+    assert torch.equal(model.weight.detach(), last)
+
+
+def test_phases():
+    plain = config(epochs=7, lr=0.1, tower_lr=0.01)
+    (only,) = phases_of(plain)
+    assert only == (1, 7, "all", "all", (0.1, 0.1, 0.1))  # from random weights all learn at --lr
+    best = config(recipe="best", data="photos", head_epochs=4, epochs=6, lr=0.1, tower_lr=0.01)
+    first, second = phases_of(best)
+    assert first == (1, 4, "0", "0", (0.1, 0.1, 0.1))
+    assert second[:2] == (5, 6) and second.image == RECIPES["best"]["train_image"]
+    assert second.rates == (0.01, 0.01, 0.01)
+    mixed = config(
+        recipe="best", data="photos", head_epochs=0, text_tower="lstm", lr=0.1, tower_lr=0.01
+    )
+    assert phases_of(mixed)[0].rates == (0.01, 0.1, 0.1)
+    assert phases_of(mixed)[0].text == "all"
+
+
+def test_a_flag_by_hand_wins_over_the_recipe():
+    defaults = build_parser().defaults()
+    made = resolve({"recipe": "best", "lr": 0.5, "head": "linear"}, defaults)
+    assert (made["lr"], made["head"], made["text_tower"]) == (0.5, "linear", "minilm")
+    assert made["recipe"] == "best" and made["image_weights"] == "imagenet"
+    assert made["image_size"] == 260 and made["text_weights"] == "pretrained"
+    assert made["train_text"] == "0"
+    plain = resolve({}, defaults)
+    assert plain == resolve({"recipe": "assignment"}, defaults)
+    assert plain["image_weights"] == plain["text_weights"] == "none"
+    assert plain["train_image"] == plain["train_text"] == "all"
+    with pytest.raises(UserError, match="--head-epochs"):
+        resolve({"recipe": "best", "epochs": 3, "head_epochs": 3}, defaults)
+
+
+@pytest.mark.parametrize("loss", ["infonce", "siglip", "triplet", "infonce+0.2*triplet"])
+def test_logit_bias_learns_with_the_sigmoid_loss_alone(loss):
+    model = build(loss=loss)
+    assert model.logit_bias.requires_grad == ("siglip" in loss)
+    images, texts, scale = model(pictures(4), torch.tensor([text(i) for i in range(4, 8)]))
+    info_nce(images, texts, scale).backward()
+    assert model.logit_bias.item() == -10
