@@ -161,3 +161,17 @@ def opened(x: torch.Tensor) -> torch.Tensor:
     """A batch of stored features as blocks take it: float32, maps (B, C, H, W)."""
     x = x.float()
     return x.permute(0, 3, 1, 2) if x.ndim == 4 else x
+
+
+def window(maps: torch.Tensor, share: float, random: torch.Generator) -> torch.Tensor:
+    """In every second batch a random window of the maps (B, C, H, W), `share` smaller each way.
+
+    A crop of the picture, as far as frozen blocks allow one: cheap, and it keeps the blocks above
+    from learning the places of things by heart.
+    """
+    side = round(maps.shape[-1] * (1 - share))
+    if maps.ndim != 4 or side >= maps.shape[-1] or torch.rand(1, generator=random) < 0.5:
+        return maps
+    top, left = torch.randint(maps.shape[-1] - side + 1, (2,), generator=random).tolist()
+    cut = maps[:, :, top : top + side, left : left + side]
+    return cut.contiguous(memory_format=torch.channels_last)

@@ -62,6 +62,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "lr": 2e-3,
         "train_image": "12",
         "tower_lr": 5e-4,
+        "warmup": 0.3,
+        "grad_clip": 5.0,
+        "fixed_temperature": True,
         "ema": 0.97,
     },
 }
@@ -109,6 +112,8 @@ def build_parser() -> Parser:
         "--image-augment; 0: keep none, every epoch augments afresh (default: as --image-augment)"
     )
     flag("--views", type=number(int, 0, 100), metavar="N", help=told)
+    told = "share of the side of kept feature maps that is cut away, at random, every second batch"
+    flag("--map-crop", type=number(float, 0, 0.9), default=0.0, metavar="SHARE", help=told)
     told = "an image's embedding is the mean of the image's and its mirror image's"
     flag("--test-mirror", action="store_true", help=told)
     told = "rates of words changed in training captions, e.g. synonym=0.1,delete=0.1,swap=0.05"

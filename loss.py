@@ -23,21 +23,23 @@ def info_nce(
 
     image_embeddings, text_embeddings: (N, D), unit length; row i of both is a pair.
     logit_scale: the factor 1 / temperature. image_ids: (N,), equal where the images are the same
-    (None: all differ). With S = logit_scale * images @ texts.T, image i contributes
-        -log( sum over j with id_j = id_i of exp S_ij / sum over all N texts of exp S_ij ),
-    which is the assignment's formula when all ids differ; texts likewise over the columns. A
-    batch of one has no negatives: its loss is 0. label_smoothing: the share of the target that is
-    spread evenly over all N. Raises ValueError when the shapes do not fit.
+    (None: all differ). With S = logit_scale * images @ texts.T, pair i contributes
+        -log( exp S_ii / (exp S_ii + sum over j with id_j != id_i of exp S_ij) ),
+    and likewise over the columns: each positive in turn, against what is not its image's. When all
+    ids differ this is the assignment's formula. A batch of one has no negatives: its loss is 0.
+    label_smoothing: the share of the target that is spread evenly over these candidates. Raises
+    ValueError when the shapes do not fit.
     """
-    logits, same = compared(image_embeddings, text_embeddings, image_ids)
-    logits = logit_scale * logits
-    own = logits.masked_fill(~same, float("-inf"))
-    loss = 0.0
+    cosines, same = compared(image_embeddings, text_embeddings, image_ids)
+    hidden = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
+    logits = logit_scale * cosines
+    own, loss = logits.diagonal(), 0.0
     for axis in (1, 0):
-        every = logits.logsumexp(axis)
-        wrong = every - own.logsumexp(axis)
+        every = logits.masked_fill(hidden, float("-inf")).logsumexp(axis)
+        wrong = every - own
         if label_smoothing:
-            wrong = wrong.lerp(every - logits.mean(axis), label_smoothing)
+            mean = logits.masked_fill(hidden, 0.0).sum(axis) / (~hidden).sum(axis)
+            wrong = wrong.lerp(every - mean, label_smoothing)
         loss = loss + wrong.mean() / 2
     return loss
 

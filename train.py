@@ -26,7 +26,7 @@ from captions import Rewriter, Tokenizer, WordPieces, parse_rates
 from cli import UserError, atomic_write, run, warn
 from dataset import Batch, Dataset, Feed, Split, limited, load_dataset
 from evaluate import NOTHING, Cached, contrastive_loss, evaluate_split
-from features import image_features, opened, text_features
+from features import image_features, opened, text_features, window
 from flags import MAY_CHANGE, build_parser, resolve
 from images import augment
 from loss import combined
@@ -113,7 +113,7 @@ def train_epoch(
         rate = trainer.set_rates((epoch - trainer.phase.first) * trainer.steps + index, factor)
         images = batch.images.to(device, non_blocking=True)
         if trainer.start:
-            images = opened(images)
+            images = window(opened(images), config["map_crop"], shuffler)
         else:
             images = augment(images, config["image_size"], config["image_augment"], shuffler)
         repeats = len(batch.texts) // len(images)

@@ -11,7 +11,7 @@ import features
 from cli import UserError
 from dataset import Dataset, Feed, Split
 from evaluate import Cached, embed_cached, embed_images
-from features import image_features, opened, text_features
+from features import image_features, opened, text_features, window
 from images import resize
 
 CONFIG = config(image_augment="light", precision="fp32", views=4)
@@ -168,6 +168,20 @@ def test_a_feed_of_features_shows_every_view_in_turn():
     assert seen == set(range(24))
     again = [batch.images for batch in feed.epoch(3, True)]
     assert all(torch.equal(a, b.images) for a, b in zip(again, feed.epoch(3, False), strict=True))
+
+
+def test_windows_of_maps():
+    maps = torch.arange(2 * 3 * 17 * 17.0).view(2, 3, 17, 17)
+    random, sides, places = torch.Generator().manual_seed(0), [], set()
+    for _ in range(60):
+        made = window(maps, 0.12, random)
+        sides.append(made.shape[-1])
+        top, left = divmod(int(made[0, 0, 0, 0]), 17)
+        assert torch.equal(made, maps[:, :, top : top + sides[-1], left : left + sides[-1]])
+        places.add((top, left, sides[-1]))
+    assert set(sides) == {15, 17} and 15 < sides.count(15) < 45 and len(places) >= 8
+    assert window(maps, 0.0, random) is maps
+    assert window(maps[:, 0, 0], 0.5, random).shape == (2, 17)  # pooled features have no window
 
 
 def test_keys_tell_shapes_and_types_apart():

@@ -22,8 +22,8 @@ def loop(images: np.ndarray, texts: np.ndarray, scale: float, ids: list[int]) ->
     for i in range(count):
         for queries, pool in ((images, texts), (texts, images)):
             terms = [math.exp(scale * float(queries[i] @ pool[j])) for j in range(count)]
-            own = sum(term for term, other in zip(terms, ids, strict=True) if other == ids[i])
-            total -= math.log(own / sum(terms)) / (2 * count)
+            others = sum(term for term, other in zip(terms, ids, strict=True) if other != ids[i])
+            total -= math.log(terms[i] / (terms[i] + others)) / (2 * count)
     return total
 
 
@@ -64,8 +64,8 @@ def test_closed_form_of_orthogonal_embeddings(count, scale):
 def test_closed_form_of_indifferent_embeddings():
     same = unit(1).expand(12, -1)
     assert info_nce(same, same, 50.0).item() == pytest.approx(math.log(12))
-    halves = torch.arange(12) // 6  # half of the batch is the query's own
-    assert info_nce(same, same, 50.0, halves).item() == pytest.approx(math.log(2))
+    halves = torch.arange(12) // 6  # half of the batch is of the query's image
+    assert info_nce(same, same, 50.0, halves).item() == pytest.approx(math.log(7))
 
 
 def test_gradcheck():
