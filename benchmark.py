@@ -20,8 +20,8 @@ from dataset import Batch
 from evaluate import write_json
 from flags import build_parser, resolve
 from images import augment, decode_all
-from models import choose_device
-from train import Run, choose_precision, describe, prepare, train_epoch
+from models import choose_device, choose_precision, keep_memory
+from train import Run, describe, prepare, train_epoch
 
 
 def loop_rate(trained: Run, turn: int, batches: int) -> float:
@@ -35,6 +35,9 @@ def memory_rate(trained: Run, turn: int, batches: int) -> float:
     trainer, config = trained.trainer, trained.config
     ready = []
     for batch in islice(trained.feed.epoch(turn, ahead=False), batches):
+        if trainer.start:  # features, which are not augmented
+            ready.append(batch)
+            continue
         level, chance = config["image_augment"], torch.Generator().manual_seed(turn)
         images = augment(batch.images, config["image_size"], level, chance)
         pixels = (images.permute(0, 2, 3, 1) * 255).to(torch.uint8).contiguous()
@@ -62,8 +65,9 @@ def main(argv: list[str]) -> None:
     flag("--turns", type=number(int, 1, 1000), default=3, help="of both loops; medians are told")
     flag("--pictures", type=number(int, 2, 10**6), default=2000, help="to decode")
     flag("--json", type=Path, metavar="FILE", help="write the figures there too")
+    keep_memory()
     options = vars(parser.parse_args(argv))
-    config = resolve(options, {})
+    config = resolve(parser.typed(argv), parser.defaults())
     config["precision"] = choose_precision(config["precision"], choose_device(config["device"]))
     with tempfile.TemporaryDirectory() as out:
         trained = prepare(config, Path(out), options["cache"], None, options["device"])

@@ -65,8 +65,10 @@ class WordPieces:
     """The tokenizer of a BERT (Devlin et al. 2019), with the same calls as `Tokenizer`."""
 
     def __init__(self, vocabulary: list[str], max_tokens: int, lower_case: bool = True):
-        from tokenizers import BertWordPieceTokenizer  # transformers brings it
-
+        try:
+            from tokenizers import BertWordPieceTokenizer
+        except ImportError as error:
+            raise UserError("this text tower needs: pip install transformers") from error
         self.vocabulary, self.max_tokens, self.cut = vocabulary, max_tokens, 0
         numbers = {word: i for i, word in enumerate(vocabulary)}
         self.pieces = BertWordPieceTokenizer(numbers, lowercase=lower_case)

@@ -29,7 +29,7 @@ from metrics import (
     retrieval_metrics,
     retrieval_ranks,
 )
-from models import CLIP, choose_device, load_checkpoint, model_from_checkpoint
+from models import CLIP, choose_device, keep_memory, load_checkpoint, model_from_checkpoint
 
 # ------------------------------------------------------------------------------- embedding
 
@@ -400,6 +400,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def main(argv: list[str]) -> None:
+    keep_memory()
     parser = Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
     add_model_flags(parser)
     group = parser.add_argument_group("what to write")
