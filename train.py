@@ -210,7 +210,8 @@ class Run:
     history: list[dict[str, float]] = field(default_factory=list)
     trainer: Trainer | None = None
     feed: Feed | None = None
-    cached: Cached = NOTHING
+    cached: Cached = NOTHING  # of dev
+    kept: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # by image block
 
     def begin(self, phase: Phase) -> None:
         """Sets up a phase: which blocks learn, the features below them, the optimizer."""
@@ -223,15 +224,18 @@ class Run:
             starts.insert(0, model.first_that_learns() if config["views"] else 0)
         images, rows, self.cached = self.dataset.pixels, self.split.images, NOTHING
         if start := starts[0]:
-            wanted, place = sorted(set(starts) - {0}), sorted(set(starts) - {0}).index(start)
-            views = {"train": config["views"], "dev": 1 + config["test_mirror"]}
-            images, dev_images = (
-                image_features(
-                    *(model, self.dataset, split.images, tuple(wanted), views[split.name]),
-                    *(config, self.cache, split.name),
-                )[place]
-                for split in (self.split, self.dev)
-            )
+            if start not in self.kept:  # one pass gives the features of all phases to come
+                wanted = tuple(sorted(set(starts) - {0}))
+                views = {"train": config["views"], "dev": 1 + config["test_mirror"]}
+                made = [
+                    image_features(
+                        *(model, self.dataset, split.images, wanted, views[split.name]),
+                        *(config, self.cache, split.name),
+                    )
+                    for split in (self.split, self.dev)
+                ]
+                self.kept = dict(zip(wanted, zip(*made, strict=True), strict=True))
+            images, dev_images = self.kept[start]
             rows, self.cached = np.arange(len(rows)), Cached(dev_images, start)
         texts = tokens.numpy()
         if phase.text == "0" and not self.rewriter:
