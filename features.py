@@ -4,10 +4,10 @@ train.py asks for the features of the training and dev images (in several views:
 random crops) and trains only what stands above them; an epoch then takes seconds.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from captions import PAD
 from cli import UserError
 from dataset import Dataset
 from images import augment, cached_folder, check_space, resize, write_header
@@ -57,56 +58,82 @@ def image_features(
     model: CLIP,
     dataset: Dataset,
     rows: np.ndarray,
-    starts: tuple[int, ...],
+    starts: Sequence[int],
     views: int,
     config: dict[str, Any],
     cache: Path,
     name: str,
-) -> list[np.ndarray]:
-    """For each start, the input of image block `start`: float16 (len(rows), views, ...).
+) -> dict[int, np.ndarray]:
+    """For each start above 0, the input of image block `start`: float16 (len(rows), views, ...).
 
     Feature maps lie channels last, (..., H, W, C), the layout that convolutions are fastest in.
     The key holds the weights of all blocks below, the preprocessing, and every picture's content.
+    What is missing is computed in one pass.
     """
-    blocks = model.image_blocks
     crops = [config["image_augment"]] if views > 2 else []
-    key = key_of(
-        *weights_of(blocks[: max(starts)]),
+    preparation = key_of(
         *(model.pixel_mean, model.pixel_std, config["image_size"], config["precision"], crops),
-        *(dataset.pixels.shape[1], views, starts, [dataset.digests[row] for row in rows]),
+        *(dataset.pixels.shape[1], views, [dataset.digests[row] for row in rows]),
     )
+    folders = {
+        start: f"images-{key_of(preparation, start, *weights_of(model.image_blocks[:start]))}"
+        for start in sorted(set(starts) - {0})
+    }
 
-    @torch.inference_mode()
-    def build(folder: Path) -> None:
-        files: dict[int, Any] = {}
-        bar = tqdm(total=len(rows), desc=f"{name} images", unit="image", leave=False, disable=None)
+    def build(missing: list[int], made: dict[int, Path]) -> None:
+        """Each start gets a folder of its own, and the innermost call fills them all."""
+        if missing:
+            cached_folder(
+                *(cache, folders[missing[0]]),
+                lambda folder: build(missing[1:], {**made, missing[0]: folder}),
+            )
+        elif made:
+            with frozen(model):
+                write_features(model, dataset, rows, views, config, made, name)
+
+    build([start for start in folders if not (cache / folders[start]).is_dir()], {})
+    return {
+        start: np.load(cache / folder / "features.npy", mmap_mode="r")
+        for start, folder in folders.items()
+    }
+
+
+@torch.inference_mode()
+def write_features(
+    model: CLIP,
+    dataset: Dataset,
+    rows: np.ndarray,
+    views: int,
+    config: dict[str, Any],
+    folders: dict[int, Path],
+    name: str,
+) -> None:
+    """Runs the views of all pictures through the blocks once; fills features.npy of each start."""
+    bar = tqdm(total=len(rows), desc=f"{name} images", unit="image", leave=False, disable=None)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(bar)
+        files = {
+            start: stack.enter_context((folder / "features.npy").open("wb"))
+            for start, folder in folders.items()
+        }
         for first in range(0, len(rows), 32):
             pixels = torch.from_numpy(dataset.pixels[rows[first : first + 32]])
-            shown = views_of(pixels.to(model.device), views, config, first)
-            made: dict[int, list[np.ndarray]] = {start: [] for start in starts}
-            for images in shown:
+            made: dict[int, list[np.ndarray]] = {start: [] for start in folders}
+            for images in views_of(pixels.to(model.device), views, config, first):
                 x = model.normalised(images)
-                for place in range(max(starts) + 1):
+                for place, block in enumerate(model.image_blocks[: max(folders)], 1):
+                    with model.lower_precision():
+                        x = block(x)
                     if place in made:
                         made[place].append(stored(x))
-                    if place < max(starts):
-                        with model.lower_precision():
-                            x = blocks[place](x)
             for start, parts in made.items():
-                both = np.stack(parts, 1)
-                if start not in files:
-                    shape = (len(rows), *both.shape[1:])
-                    check_space(folder, 2 * int(np.prod(shape)))
-                    files[start] = (folder / f"{start}.npy").open("wb")
+                batch = np.stack(parts, 1)
+                if first == 0:
+                    shape = (len(rows), *batch.shape[1:])
+                    check_space(folders[start], 2 * int(np.prod(shape)))
                     write_header(files[start], shape, np.float16)
-                files[start].write(both.tobytes())
+                files[start].write(batch.tobytes())
             bar.update(len(pixels))
-        bar.close()
-        for file in files.values():
-            file.close()
-
-    folder = cached_folder(cache, f"images-{key}", partial(frozen, model, build))
-    return [np.load(folder / f"{start}.npy", mmap_mode="r") for start in starts]
 
 
 def text_features(
@@ -118,30 +145,30 @@ def text_features(
     """
     key = key_of(*model.text_tower.state_dict().values(), tokens, config["precision"])
 
-    @torch.inference_mode()
     def build(folder: Path) -> None:
-        lengths = (tokens != 0).sum(1)
+        lengths = (tokens != PAD).sum(1)
         order = lengths.argsort(stable=True)
         made = np.empty((len(tokens), model.text_width), np.float16)
         bar = tqdm(total=len(order), desc=f"{name} texts", unit="text", leave=False, disable=None)
-        for chosen in order.split(128):
-            part = tokens[chosen, : lengths[chosen].max()].to(model.device)
-            with model.lower_precision():
-                made[chosen] = stored(model.text_tower(part))
-            bar.update(len(chosen))
-        bar.close()
+        with bar, frozen(model), torch.inference_mode():
+            for chosen in order.split(128):
+                part = tokens[chosen, : lengths[chosen].max()].to(model.device)
+                with model.lower_precision():
+                    made[chosen] = stored(model.text_tower(part))
+                bar.update(len(chosen))
         np.save(folder / "features.npy", made)
 
-    folder = cached_folder(cache, f"texts-{key}", partial(frozen, model, build))
+    folder = cached_folder(cache, f"texts-{key}", build)
     return np.load(folder / "features.npy", mmap_mode="r")
 
 
-def frozen(model: CLIP, build: Callable[[Path], None], folder: Path) -> None:
-    """Builds with every module in eval mode, but in the precision of training."""
+@contextlib.contextmanager
+def frozen(model: CLIP) -> Iterator[None]:
+    """Every module in eval mode, but in the precision of training."""
     was_training = model.training
     model.eval().always_lower = True
     try:
-        build(folder)
+        yield
     finally:
         model.always_lower = False
         model.train(was_training)

@@ -211,7 +211,6 @@ class Run:
     trainer: Trainer | None = None
     feed: Feed | None = None
     cached: Cached = NOTHING  # of dev
-    kept: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # by image block
 
     def begin(self, phase: Phase) -> None:
         """Sets up a phase: which blocks learn, the features below them, the optimizer."""
@@ -224,18 +223,14 @@ class Run:
             starts.insert(0, model.first_that_learns() if config["views"] else 0)
         images, rows, self.cached = self.dataset.pixels, self.split.images, NOTHING
         if start := starts[0]:
-            if start not in self.kept:  # one pass gives the features of all phases to come
-                wanted = tuple(sorted(set(starts) - {0}))
-                views = {"train": config["views"], "dev": 1 + config["test_mirror"]}
-                made = [
-                    image_features(
-                        *(model, self.dataset, split.images, wanted, views[split.name]),
-                        *(config, self.cache, split.name),
-                    )
-                    for split in (self.split, self.dev)
-                ]
-                self.kept = dict(zip(wanted, zip(*made, strict=True), strict=True))
-            images, dev_images = self.kept[start]
+            views = {"train": config["views"], "dev": 1 + config["test_mirror"]}
+            images, dev_images = (
+                image_features(
+                    *(model, self.dataset, split.images, starts, views[split.name]),
+                    *(config, self.cache, split.name),
+                )[start]
+                for split in (self.split, self.dev)
+            )
             rows, self.cached = np.arange(len(rows)), Cached(dev_images, start)
         texts = tokens.numpy()
         if phase.text == "0" and not self.rewriter:

@@ -27,9 +27,10 @@ def pictures_of(count: int = 40, seed: int = 0) -> Dataset:
 def kept(model, tmp_path, dataset=None, starts=(10,), views=2, **changes):
     dataset = dataset or pictures_of()
     rows = np.arange(len(dataset.names))
-    return image_features(
+    made = image_features(
         model, dataset, rows, starts, views, {**CONFIG, **changes}, tmp_path, "train"
     )
+    return [made[start] for start in starts]
 
 
 @pytest.mark.parametrize("start", [3, 9, 10])
@@ -65,6 +66,9 @@ def test_two_starts_in_one_pass(tmp_path):
     early, late = kept(model, tmp_path, starts=(4, 10))
     assert np.array_equal(early, kept(model, tmp_path, starts=(4,))[0])
     assert np.array_equal(late, kept(model, tmp_path, starts=(10,))[0])
+    assert len(folders(tmp_path)) == 2  # what is there is not made again
+    for start, wanted in ((4, early), (10, late)):
+        assert np.array_equal(wanted, kept(model, tmp_path / "alone", starts=(start,))[0])
 
 
 def test_further_views_are_crops_of_their_own(tmp_path):
