@@ -1,7 +1,7 @@
 """Captions to numbers, and captions to other captions: tokenizers and text augmentation.
 
 train.py builds one tokenizer from the training captions (`Tokenizer`) or takes that of a pretrained
-text tower (`WordPieces`); dataset.py's Feed asks `Rewriter` for the captions of an epoch.
+text tower (`WordPieces`), and asks `Rewriter` for the captions of an epoch.
 """
 
 import re
@@ -73,10 +73,11 @@ class WordPieces:
         numbers = {word: i for i, word in enumerate(vocabulary)}
         self.pieces = BertWordPieceTokenizer(numbers, lowercase=lower_case)
 
+    words = staticmethod(Tokenizer.words)
+
     def unknown(self, text: str) -> list[str]:
         """The words of `text` that no pieces make up."""
-        words = Tokenizer.words(text)
-        return [word for word in words if "[UNK]" in self.pieces.encode(word).tokens]
+        return [word for word in self.words(text) if "[UNK]" in self.pieces.encode(word).tokens]
 
     def __call__(self, texts: list[str]) -> torch.Tensor:
         """[CLS] pieces [SEP], cut to max_tokens (counted), padded to the longest: int64 (N, L)."""

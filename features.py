@@ -18,7 +18,7 @@ from tqdm import tqdm
 from captions import PAD
 from cli import UserError
 from dataset import Dataset
-from images import augment, cached_folder, check_space, resize, write_header
+from images import DECODER, augment, cached_folder, check_space, resize, write_header
 from models import CLIP
 
 FEATURES = "1"  # part of every key: raise it when the same weights would give other features
@@ -74,6 +74,7 @@ def image_features(
     preparation = key_of(
         *(model.pixel_mean, model.pixel_std, config["image_size"], config["precision"], crops),
         *(dataset.pixels.shape[1], views, [dataset.digests[row] for row in rows]),
+        *(DECODER, config["image_tower"]),
     )
     folders = {
         start: f"images-{key_of(preparation, start, *weights_of(model.image_blocks[:start]))}"
@@ -87,6 +88,8 @@ def image_features(
                 *(cache, folders[missing[0]]),
                 lambda folder: build(missing[1:], {**made, missing[0]: folder}),
             )
+            if not all((folder / "features.npy").exists() for folder in made.values()):
+                raise UserError("another run has just made the same features; start this one again")
         elif made:
             with frozen(model):
                 write_features(model, dataset, rows, views, config, made, name)
@@ -143,7 +146,8 @@ def text_features(
 
     The key holds the tower's weights and every token.
     """
-    key = key_of(*model.text_tower.state_dict().values(), tokens, config["precision"])
+    kind = [config["text_tower"], config.get("text_architecture"), config["precision"]]
+    key = key_of(*model.text_tower.state_dict().values(), tokens, kind)
 
     def build(folder: Path) -> None:
         lengths = (tokens != PAD).sum(1)
@@ -196,7 +200,7 @@ def window(maps: torch.Tensor, share: float, random: torch.Generator) -> torch.T
     A crop of the picture, as far as frozen blocks allow one: cheap, and it keeps the blocks above
     from learning the places of things by heart.
     """
-    side = round(maps.shape[-1] * (1 - share))
+    side = max(1, round(maps.shape[-1] * (1 - share)))
     if maps.ndim != 4 or side >= maps.shape[-1] or torch.rand(1, generator=random) < 0.5:
         return maps
     top, left = torch.randint(maps.shape[-1] - side + 1, (2,), generator=random).tolist()

@@ -59,9 +59,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batch_size": 128,
         "captions_per_image": 5,
         "head_epochs": 8,
-        "epochs": 12,
+        "epochs": 11,
         "lr": 2e-3,
-        "train_image": "12",
+        "train_image": "16",
         "tower_lr": 5e-4,
         "warmup": 0.3,
         "grad_clip": 5.0,
@@ -72,15 +72,15 @@ RECIPES: dict[str, dict[str, Any]] = {
 MAY_CHANGE = ("workers", "device", "epochs", "resume", "cache", "out")  # when a run is resumed
 
 
-def checked(parse: Callable[[str], Any], keep: bool = True) -> Callable[[str], Any]:
+def checked(parse: Callable[[str], Any]) -> Callable[[str], str]:
     """An argparse type: text that `parse` takes without a UserError, kept as text."""
 
-    def check(text: str) -> Any:
+    def check(text: str) -> str:
         try:
-            made = parse(text)
+            parse(text)
         except UserError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
-        return text if keep else made
+        return text
 
     return check
 
@@ -116,7 +116,7 @@ def build_parser() -> Parser:
     told = "share of the side of kept feature maps that is cut away, at random, every second batch"
     flag("--map-crop", type=number(float, 0, 0.9), default=0.0, metavar="SHARE", help=told)
     told = "an image's embedding is the mean of the image's and its mirror image's"
-    flag("--test-mirror", action="store_true", help=told)
+    flag("--test-mirror", action=argparse.BooleanOptionalAction, default=False, help=told)
     told = "rates of words changed in training captions, e.g. synonym=0.1,delete=0.1,swap=0.05"
     flag("--text-augment", type=checked(parse_rates), default="none", metavar="RATES", help=told)
     told = "of an image in one batch; several are positives together"
@@ -147,7 +147,7 @@ def build_parser() -> Parser:
     flag("--train-text", type=count_or_all, metavar="N|all", help=told)
     flag("--text-width", type=number(int, 8, 4096), default=256, help="of its word embeddings")
     flag("--text-layers", type=number(int, 1, 48), default=2)
-    flag("--dropout", type=number(float, 0, 0.95), default=0.1, help="in the text tower")
+    flag("--dropout", type=number(float, 0, 0.95), default=0.1, help="in a transformer or lstm")
     told = "the projections: one matrix, or a matrix plus two layers on standardised features"
     flag("--head", choices=HEADS, default="linear", help=told)
     told = "of the image features before the projection"
@@ -157,7 +157,8 @@ def build_parser() -> Parser:
     flag("--embed-dim", type=number(int, 2, 8192), default=256, help="of the common space")
     told = "at the start; logit_scale is the logarithm of its inverse"
     flag("--temperature", type=number(float, 0.01, 10), default=0.07, help=told)
-    flag("--fixed-temperature", action="store_true", help="do not learn the temperature")
+    told = "do not learn the temperature"
+    flag("--fixed-temperature", action=argparse.BooleanOptionalAction, default=False, help=told)
 
     flag = parser.add_argument_group("training").add_argument
     told = "infonce, siglip, triplet, or a weighted sum such as infonce+0.2*triplet"
@@ -165,7 +166,7 @@ def build_parser() -> Parser:
     told = "share of InfoNCE's target that is spread over all candidates"
     flag("--label-smoothing", type=number(float, 0, 0.9), default=0.0, help=told)
     flag("--epochs", type=number(int, 1, 100_000), help=f"({per_data('epochs')})")
-    told = "the first N epochs train the projections alone, on frozen towers"
+    told = "in the first N epochs pretrained towers are frozen, what stands above them learns"
     flag("--head-epochs", type=number(int, 0, 100_000), default=0, metavar="N", help=told)
     told = f"images; two at least, for a pair alone has no negatives ({per_data('batch_size')})"
     flag("--batch-size", type=number(int, 2, 65_536), help=told)
@@ -179,7 +180,7 @@ def build_parser() -> Parser:
         "of the learning rate after warm-up; plateau halves it when dev stands still for 2 epochs"
     )
     flag("--schedule", choices=SCHEDULES, default="cosine", help=told)
-    told = "epochs of linear warm-up"
+    told = "epochs of linear warm-up, after --head-epochs once more"
     flag("--warmup", type=number(float, 0, 1000), default=1.0, help=told)
     told = "measure and keep a moving average of the weights, which keeps this share at each step"
     flag("--ema", type=number(float, 0, 0.99999), default=0.0, metavar="DECAY", help=told)
@@ -201,16 +202,28 @@ def build_parser() -> Parser:
 
 def resolve(typed: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """The flags of a new run: typed ones, else the recipe's, else what fits data and towers."""
-    recipe = typed.get("recipe", defaults.get("recipe", "assignment"))
-    config = {**defaults, **RECIPES[recipe], **typed}
-    if config["data"] != "shapes":
+    recipe = RECIPES[typed.get("recipe", defaults.get("recipe", "assignment"))]
+    kind = "shapes" if {**defaults, **typed}["data"] == "shapes" else "photographs"
+    if kind == "shapes":
+        changing = ("image_augment", "test_mirror", "map_crop")  # what its captions tell
+        recipe = {flag: value for flag, value in recipe.items() if flag not in changing}
+    config = {**defaults, **recipe, **typed}
+    if kind != "shapes":
         config["data"] = str(Path(config["data"]).resolve())
-    kind = "shapes" if config["data"] == "shapes" else "photographs"
     image, text = IMAGE_TOWERS[config["image_tower"]], TEXT_TOWERS[config["text_tower"]]
     if config["image_weights"] is None:
         config["image_weights"] = image.weights
     if config["text_weights"] is None:
         config["text_weights"] = "pretrained" if text.folder else "none"
+    if config["text_weights"] != "none" and not text.folder:
+        name = config["text_tower"]
+        raise UserError(f"--text-weights: a {name} has no pretrained weights; use minilm or bert")
+    if config["stem"] == "small" and not (
+        config["image_tower"].startswith("resnet") and config["image_weights"] == "none"
+    ):
+        raise UserError("--stem small goes with a resnet and --image-weights none")
+    if config["head_epochs"] and config["image_weights"] == config["text_weights"] == "none":
+        raise UserError("--head-epochs freezes pretrained towers, and this run has none")
     for tower in ("image", "text"):
         given = config[f"{tower}_weights"]
         if given not in ("none", "imagenet" if tower == "image" else "pretrained"):

@@ -249,7 +249,8 @@ def augment(
     def uniform(low: float, high: float) -> torch.Tensor:
         return torch.rand(count, generator=generator) * (high - low) + low
 
-    area, ratio = uniform(chosen.area, 1), uniform(-0.288, 0.288).exp()  # 3/4 to 4/3
+    spread = 0.288 if chosen.area < 1 else 0.0
+    area, ratio = uniform(chosen.area, 1), uniform(-spread, spread).exp()  # 3/4 to 4/3
     width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
     left, top = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
     mirror = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0) if chosen.flip else torch.ones(count)

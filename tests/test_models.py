@@ -259,7 +259,7 @@ def test_image_weights_from_a_file(weights):
 def test_image_weights_that_do_not_fit(weights, tmp_path):
     with pytest.raises(UserError, match="not those of a resnet50"):
         build(image_weights=str(weights), image_tower="resnet50")
-    with pytest.raises(UserError, match="--stem imagenet"):
+    with pytest.raises(UserError, match="--image-weights none"):
         build(image_weights=str(weights), stem="small")
     (tmp_path / "text").write_text("not weights at all")
     (tmp_path / "empty").touch()

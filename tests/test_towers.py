@@ -22,7 +22,7 @@ KNOWN_COSINES = (0.7122, 0.0775, -0.0050)  # of sentence-transformers 6.2, first
 
 def lite_tower(name: str) -> towers.Tower:
     tower = towers.lite(name, {"image_weights": "imagenet"})
-    towers.load_image_weights(tower, name, "imagenet")
+    towers.load_image_weights(tower.module, name, "imagenet")
     tower.module.eval()
     return tower
 
@@ -168,7 +168,7 @@ def test_vit_weights_of_another_size_are_interpolated(tmp_path):
     tower = towers.vit(
         "vit_b_16", config(image_tower="vit_b_16", image_size=64, image_weights="none")
     )
-    towers.load_image_weights(tower, "vit_b_16", str(path))
+    towers.load_image_weights(tower.module, "vit_b_16", str(path))
     assert tower.module.encoder.pos_embedding.shape == (1, 17, 768)
     assert torch.equal(tower.module.conv_proj.weight, whole.conv_proj.weight)
     with pytest.raises(UserError, match="16 divides"):
