@@ -482,3 +482,17 @@ def test_tint():
     grey = images.tint(pictures, one, one, off)
     assert torch.allclose(grey[:, 0], grey[:, 2]) and grey[:, 0].std() > 0.05
     assert images.tint(pictures, one, off, one).std((1, 2, 3)).max() < 1e-5
+
+
+def test_mirror_shows_the_picture_or_its_mirror_image():
+    pixels = torch.from_numpy(
+        np.random.default_rng(0).integers(0, 256, (40, 24, 24, 3)).astype("u1")
+    )
+    made = images.augment(pixels, 24, "mirror", torch.Generator().manual_seed(0))
+    whole = images.resize(pixels, 24)
+    mirrored = 0
+    for shown, wanted in zip(made, whole, strict=True):
+        flipped = torch.allclose(shown, wanted.flip(2), atol=1e-5)
+        assert flipped or torch.allclose(shown, wanted, atol=1e-5)
+        mirrored += flipped
+    assert 8 < mirrored < 32

@@ -89,8 +89,28 @@ def test_a_flag_by_hand_wins_over_the_recipe():
     assert plain == resolve({"recipe": "assignment"}, defaults)
     assert plain["image_weights"] == plain["text_weights"] == "none"
     assert plain["train_image"] == plain["train_text"] == "all"
-    with pytest.raises(UserError, match="--head-epochs"):
-        resolve({"recipe": "best", "epochs": 3, "head_epochs": 3}, defaults)
+    for typed, told in (
+        ({"recipe": "best", "epochs": 3, "head_epochs": 3}, "--head-epochs leaves no epoch"),
+        ({"head_epochs": 3}, "--head-epochs freezes pretrained towers"),
+        ({"text_tower": "lstm", "text_weights": "pretrained"}, "use minilm or bert"),
+        ({"image_tower": "vit_b_16", "stem": "small"}, "--stem small goes with a resnet"),
+    ):
+        with pytest.raises(UserError, match=told):
+            resolve(typed, defaults)
+
+
+def test_switches_of_a_recipe_can_be_turned_off():
+    parser = build_parser()
+    typed = parser.typed(["--recipe", "best", "--no-test-mirror", "--no-fixed-temperature"])
+    made = resolve(typed, parser.defaults())
+    assert made["test_mirror"] is made["fixed_temperature"] is False
+    assert resolve({"recipe": "best"}, parser.defaults())["test_mirror"] is True
+
+
+def test_the_built_in_data_is_never_mirrored():
+    made = resolve({"recipe": "best", "data": "shapes"}, build_parser().defaults())
+    assert made["image_augment"] == "none" and not made["test_mirror"] and not made["map_crop"]
+    assert made["head"] == "mlp"
 
 
 @pytest.mark.parametrize("loss", ["infonce", "siglip", "triplet", "infonce+0.2*triplet"])

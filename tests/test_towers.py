@@ -246,6 +246,7 @@ def test_word_pieces(minilm):
     short = WordPieces(tokenizer.vocabulary, 4)
     assert short(["a dog runs here"])[0].tolist()[-1] == tokenizer.vocabulary.index("[SEP]")
     assert short.cut == 1 and made[0, -1] == PAD
+    assert tokenizer.words("A dog's") == ["a", "dog", "'s"]
     assert tokenizer.unknown("a dog \u16a0") == ["\u16a0"]
 
 
@@ -302,6 +303,13 @@ def test_folders_that_are_not_a_bert(tmp_path):
     (folder / "vocab.txt").write_text("dog\n")
     with pytest.raises(UserError, match="PAD"):
         towers.read_text_folder(folder)
+    with pytest.raises(UserError, match="model_type is electra"):
+        towers.read_text_folder(write_bert(tmp_path / "electra", model_type="electra"))
+    folder = write_bert(tmp_path / "less", num_hidden_layers=3)  # one more than has weights
+    architecture, vocabulary, lower = towers.read_text_folder(folder)
+    made = config(text_tower="bert") | {"text_architecture": architecture, "text_lower_case": lower}
+    with pytest.raises(UserError, match="of its weights are missing"):
+        build_model(made, image_transform(made), make_tokenizer(made, vocabulary), folder)
     folder = write_bert(tmp_path / "other")
     (folder / "model.safetensors").write_bytes(b"no tensors")
     architecture, vocabulary, lower = towers.read_text_folder(folder)

@@ -338,3 +338,24 @@ def test_text_that_the_font_lacks_or_that_is_too_long():
     assert visualize.wrapped("", 2, 9) == [""]
     (cut,) = visualize.wrapped("x" * 500, 1, 9, lines=1)
     assert cut.startswith("xxx") and cut.endswith(" …")
+
+
+def test_ablations(tmp_path, capsys):
+    table = tmp_path / "ablations.csv"
+    table.write_text(
+        "row,group,command,mean_recall,minutes\n"
+        "assignment,path,python train.py,7.6,15\n$head$ & <b>,path,x,48.7,5.5\nsiglip,losses,x,47,5\n"
+    )
+    visualize.main(["--ablations", str(table), "--out", str(tmp_path / "out")])
+    assert "ablations.png" in capsys.readouterr().out
+    with Image.open(tmp_path / "out" / "ablations.png") as image:
+        assert min(image.size) > 400
+    for text in (
+        "",
+        "row,group,minutes,mean_recall\n",
+        "row,minutes\na,1\n",
+        "row,group,minutes,mean_recall\na,b,x,1\n",
+    ):
+        table.write_text(text)
+        with pytest.raises(UserError, match="it needs the columns"):
+            visualize.main(["--ablations", str(table)])
