@@ -344,7 +344,8 @@ def test_ablations(tmp_path, capsys):
     table = tmp_path / "ablations.csv"
     table.write_text(
         "row,group,command,mean_recall,minutes\n"
-        "assignment,path,python train.py,7.6,15\n$head$ & <b>,path,x,48.7,5.5\nsiglip,losses,x,47,5\n"
+        "assignment,path,python train.py,7.6,15\n"
+        "$head$ & <b>,path,x,48.7,5.5\nsiglip,losses,x,47,5\n"
     )
     visualize.main(["--ablations", str(table), "--out", str(tmp_path / "out")])
     assert "ablations.png" in capsys.readouterr().out
