@@ -361,9 +361,13 @@ def draw_ablations(rows: list[dict[str, str]], path: Path) -> None:
             for row, *place in zip(chosen, x, y, strict=True):
                 axes.annotate(row["row"], place, (5, 3), textcoords="offset points", size=8)
         axes.set(xlabel="minutes, features included", ylabel="mean recall (%)", xscale="log")
+        axes.set_xticks((1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 45, 60), minor=False)
+        axes.minorticks_off()
         axes.xaxis.set_major_formatter("{x:g}")
+        span = [float(row["minutes"]) for row in rows]
+        axes.set_xlim(0.8 * min(span), 1.4 * max(span))
         axes.grid(True)
-        axes.legend(loc="upper left")
+        axes.legend(loc="center left")
 
 
 def read_ablations(path: Path) -> list[dict[str, str]]:
