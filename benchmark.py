@@ -20,7 +20,7 @@ from dataset import Batch
 from evaluate import write_json
 from flags import build_parser, resolve
 from images import augment, decode_all
-from models import choose_device, choose_precision, keep_memory
+from models import keep_memory
 from train import Run, describe, prepare, train_epoch
 
 
@@ -68,7 +68,6 @@ def main(argv: list[str]) -> None:
     keep_memory()
     options = vars(parser.parse_args(argv))
     config = resolve(parser.typed(argv), parser.defaults())
-    config["precision"] = choose_precision(config["precision"], choose_device(config["device"]))
     with tempfile.TemporaryDirectory() as out:
         trained = prepare(config, Path(out), options["cache"], None, options["device"])
     print(describe(trained))

@@ -363,7 +363,9 @@ def add_data_flags(parser: Parser, data: str | None, splits: str | None) -> None
         default=splits,
         help="auto: the data's own if by image, else Flickr8k's lists, else a seeded split",
     )
-    group.add_argument("--cache", type=Path, default=CACHE, help="folder of the decoded images")
+    group.add_argument(
+        "--cache", type=Path, default=CACHE, help="folder of decoded images and features"
+    )
     group.add_argument(
         "--workers",
         type=number(int, 0, 256),

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from captions import Tokenizer, WordPieces
 from cli import Parser, UserError, atomic_write, run, warn
 from dataset import Dataset, Split, add_data_flags, load_dataset
-from features import opened
-from images import EXTENSIONS, decode_all, resize
+from features import opened, views_of
+from images import EXTENSIONS, decode_all
 from loss import info_nce
 from metrics import (
     KS,
@@ -54,8 +54,7 @@ def embed_images(model: CLIP, pixels: np.ndarray, rows: np.ndarray, size: int) -
     parts = []
     for start in tqdm(range(0, len(rows), 100), "images", leave=False, disable=None):
         batch = torch.from_numpy(pixels[rows[start : start + 100]]).to(device)
-        images = resize(batch, size)
-        views = [images, images.flip(3)] if model.mirror else [images]
+        views = views_of(batch, 1 + model.mirror, size)
         parts.append(mean_embedding([model.encode_image(view) for view in views]))
     return np.concatenate(parts)
 

@@ -42,16 +42,16 @@ def weights_of(modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
 
 
 def views_of(
-    pixels: torch.Tensor, count: int, config: dict[str, Any], first_row: int
+    pixels: torch.Tensor, count: int, size: int, level: str = "none", first_row: int = 0
 ) -> Iterable[torch.Tensor]:
-    """`count` views of a batch of pictures: whole, mirrored, then seeded crops and tints."""
-    whole = resize(pixels, config["image_size"])
+    """`count` views of a batch of pictures: whole, mirrored, then seeded crops of a `level`."""
+    whole = resize(pixels, size)
     yield whole
     if count > 1:
         yield whole.flip(3).contiguous(memory_format=torch.channels_last)
     for view in range(2, count):
         random = torch.Generator().manual_seed(1_000_003 * view + first_row)
-        yield augment(pixels, config["image_size"], config["image_augment"], random)
+        yield augment(pixels, size, level, random)
 
 
 def image_features(
@@ -112,6 +112,7 @@ def write_features(
     name: str,
 ) -> None:
     """Runs the views of all pictures through the blocks once; fills features.npy of each start."""
+    size, level = config["image_size"], config["image_augment"]
     bar = tqdm(total=len(rows), desc=f"{name} images", unit="image", leave=False, disable=None)
     with contextlib.ExitStack() as stack:
         stack.enter_context(bar)
@@ -122,7 +123,7 @@ def write_features(
         for first in range(0, len(rows), 32):
             pixels = torch.from_numpy(dataset.pixels[rows[first : first + 32]])
             made: dict[int, list[np.ndarray]] = {start: [] for start in folders}
-            for images in views_of(pixels.to(model.device), views, config, first):
+            for images in views_of(pixels.to(model.device), views, size, level, first):
                 x = model.normalised(images)
                 for place, block in enumerate(model.image_blocks[: max(folders)], 1):
                     with model.lower_precision():

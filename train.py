@@ -15,6 +15,7 @@ import signal
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -212,13 +213,18 @@ class Run:
     feed: Feed | None = None
     cached: Cached = NOTHING  # of dev
 
+    @cached_property
+    def tokens(self) -> list[torch.Tensor]:
+        """The captions of train and dev as they stand, padded; counts those that are cut."""
+        self.tokenizer.cut = 0
+        return [self.tokenizer(each.captions) for each in (self.split, self.dev)]
+
     def begin(self, phase: Phase) -> None:
         """Sets up a phase: which blocks learn, the features below them, the optimizer."""
         config, model = self.config, self.model
         if self.trainer and self.trainer.average:
             self.trainer.average.swap()  # a phase goes on from what was measured and kept
-        self.tokenizer.cut = 0
-        tokens, dev_tokens = (self.tokenizer(each.captions) for each in (self.split, self.dev))
+        tokens, dev_tokens = self.tokens
         starts = []
         for each in [p for p in phases_of(config) if p.first >= phase.first][::-1]:
             model.train_towers(each.image, each.text)  # the last is `phase` itself
@@ -345,7 +351,8 @@ def prepare(
 ) -> Run:
     """Builds a run from its flags; `content` is the checkpoint that it goes on from, or None."""
     since, place = time.perf_counter(), choose_device(device)
-    choose_precision(config["precision"], place)  # of a run that goes on, on another device
+    # `auto` becomes what this device has; a run that goes on may meet a device without its own.
+    config["precision"] = choose_precision(config["precision"], place)
     transform = image_transform(config)
     folder = None
     if content is None and TEXT_TOWERS[config["text_tower"]].folder:
@@ -436,8 +443,6 @@ def main(argv: list[str]) -> int:
         out = config["out"] or Path("checkpoints") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         for place in ("resume", "cache", "out", "device"):  # of this machine, not of the run
             del config[place]
-        device = choose_device(options["device"])
-        config["precision"] = choose_precision(config["precision"], device)
         check_folder(out)
     run = prepare(config, out, options["cache"], content, options["device"])
     if content is None:
