@@ -89,6 +89,21 @@ class WordPieces:
         )
 
 
+def plain_title(title: str) -> str:
+    """`Matrix, The (1999)` -> The Matrix"""
+    name = re.sub(r"\s*\(\d{4}\)\s*$", "", title.strip())
+    return re.sub(r"^(.*), (The|A|An|Le|La|Les|Das|Der|Die|Il|El)$", r"\2 \1", name)
+
+
+def without_title(text: str, title: str) -> str:
+    """An introduction without its film's title and the quotes around it."""
+    name = plain_title(title)
+    left = re.sub(rf"""["'(]?(?<!\w){re.escape(name)}(?!\w)["')]?""", " ", text) if name else text
+    if left == text:
+        return text
+    return re.sub(r"\s+(?=[.,;:!?])", "", " ".join(left.split())).strip(" ,;:-")
+
+
 # ------------------------------------------------------------------------- text augmentation
 
 

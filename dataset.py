@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from captions import PAD
+from captions import PAD, without_title
 from cli import HERE, Parser, UserError, number, run, warn
 from images import CACHE, cached_folder, cached_pixels, thumbnail, write_header
 from layouts import HOW_TO_GET, SPLITS, Row, clean_name, find_images, official_lists, read_folder
@@ -90,6 +90,28 @@ def choose_splits(
     return [table.get(row.image, "") for row in rows], way, told
 
 
+def find_twins(
+    rows: list[Row], labels: list[str], digests: dict[str, str]
+) -> tuple[list[str], list[str]]:
+    """Films with the introduction or the poster of another film: (all, test ones also trained on).
+
+    The label of the latter becomes "", in place: they are in no split.
+    """
+    holders = defaultdict(dict)  # what two films can share -> {image: label}
+    shared = [(" ".join(row.caption.casefold().split()), digests[row.image]) for row in rows]
+    for row, label, keys in zip(rows, labels, shared, strict=True):
+        for key in keys:
+            holders[key][row.image] = label
+    twins, leaked = [], []
+    for place, (row, keys) in enumerate(zip(rows, shared, strict=True)):
+        if any(len(holders[key]) > 1 for key in keys):
+            twins.append(row.image)
+        if labels[place] == "test" and any("train" in holders[key].values() for key in keys):
+            leaked.append(row.image)
+            labels[place] = ""
+    return twins, leaked
+
+
 # -------------------------------------------------------------------------------- dataset
 
 
@@ -123,6 +145,7 @@ class Dataset:
     skipped: dict[str, list[str]] = field(default_factory=dict)  # reason -> names
     told: list[str] = field(default_factory=list)  # remarks on the splits
     by_caption: bool = False  # an image stands in two splits: figures made on it flatter
+    films: list[Row] = field(default_factory=list)  # of each image, where the data is of films
 
     def split(self, name: str) -> Split:
         """Raises UserError when the data has no such split."""
@@ -173,9 +196,16 @@ class Dataset:
 
 
 def load_dataset(
-    path: str, splits: str = "auto", size: int = 96, cache: Path = CACHE, workers: int = 2
+    path: str,
+    splits: str = "auto",
+    size: int = 96,
+    cache: Path = CACHE,
+    workers: int = 2,
+    titles: str = "hide",
 ) -> Dataset:
     """Reads the captions, decodes the pictures to `size` pixels (cached), and splits by image.
+
+    With `titles` "hide" a film's title is left out of its introduction where it stands there.
 
     Raises UserError for whatever is wrong with the folder, and when more than 10% of the pictures
     cannot be read. Warnings about the splits go to stderr.
@@ -191,6 +221,10 @@ def load_dataset(
     if not files:
         raise UserError(f"{folder} has captions but no image; {HOW_TO_GET}")
     rows = [row._replace(image=clean_name(row.image)) for row in rows]
+    hidden = []
+    if titles == "hide":
+        read, rows = rows, [r._replace(caption=without_title(r.caption, r.title)) for r in rows]
+        hidden = [old.image for old, new in zip(read, rows, strict=True) if old != new]
     skipped = {
         "captions without an image": [row.image for row in rows if row.image not in files],
         "empty captions": [row.image for row in rows if row.image in files and not row.caption],
@@ -216,15 +250,23 @@ def load_dataset(
     kept = set(good)
     rows = [row for row in rows if row.image in kept]
     labels, way, told = choose_splits(splits, rows, good, folder)
+    skipped["titles in introductions"] = hidden
+    if any(row.title for row in rows):
+        twins, leaked = find_twins(rows, labels, dict(zip(names, decoded.digests, strict=True)))
+        skipped["test films with the introduction or poster of a training film"] = leaked
+        if twins:
+            told.append(f"{len(twins):,} films share their introduction or poster with another")
     for line in told:
         warn(line)
     row_of = {name: row for row, name in enumerate(names)}
+    films = {row.image: row for row in rows}
     torn = way == "given" and any("by caption" in line for line in told)
     return Dataset(
         str(folder), layout, way, names, [files[name] for name in names], decoded.pixels,
         [digest or "" for digest in decoded.digests], [row.caption for row in rows],
         np.array([row_of[row.image] for row in rows]), np.array(labels),
         {reason: found for reason, found in skipped.items() if found}, told, torn,
+        [films[name] for name in names] if any(row.title for row in rows) else [],
     )  # fmt: skip
 
 
@@ -267,6 +309,8 @@ class Batch(NamedTuple):
 
     images: torch.Tensor
     texts: torch.Tensor
+    positions: torch.Tensor | None = None  # of the images in the split
+    lines: torch.Tensor | None = None  # what is written on them, of features.line_features
 
 
 @dataclass(frozen=True)
@@ -280,6 +324,7 @@ class Feed:
     batch_size: int
     captions_per_image: int
     seed: int
+    lines: np.ndarray | None = None  # of each image of the split
 
     def batches(self) -> int:
         """As many as --batch-size asks for, but none of a single pair, which teaches nothing."""
@@ -316,7 +361,10 @@ class Feed:
             shown = self.images[rows, random.integers(self.images.shape[1], size=len(rows))]
         else:
             shown = self.images[rows]
-        return Batch(torch.from_numpy(shown), torch.from_numpy(texts))
+        lines = None if self.lines is None else torch.from_numpy(self.lines[images])
+        return Batch(
+            torch.from_numpy(shown), torch.from_numpy(texts), torch.from_numpy(images), lines
+        )
 
     def epoch(self, epoch: int, ahead: bool) -> Iterator[Batch]:
         """The batches of an epoch; with `ahead` a thread fetches the next while one is used."""

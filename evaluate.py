@@ -5,24 +5,28 @@ ranks from here. `python evaluate.py [CHECKPOINT]` measures the test split, once
 """
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from captions import Tokenizer, WordPieces
 from cli import Parser, UserError, atomic_write, run, warn
 from dataset import Dataset, Split, add_data_flags, load_dataset
-from features import opened, views_of
-from images import EXTENSIONS, decode_all
+from embedding import NOTHING, Cached, embed_cached, embed_images, embed_texts
+from features import line_features
+from generalisation import (
+    distance_matrix,
+    generalisation_table,
+    generalise,
+    masked_figures,
+    mean_distances,
+)
 from loss import info_nce
 from metrics import (
     KS,
-    TIE,
     bootstrap_intervals,
     first_captions,
     recall_at_k,
@@ -30,62 +34,10 @@ from metrics import (
     retrieval_ranks,
 )
 from models import CLIP, choose_device, keep_memory, load_checkpoint, model_from_checkpoint
+from ocr import hide_words, read_words
+from zeroshot import zero_shot
 
-# ------------------------------------------------------------------------------- embedding
-
-
-@torch.inference_mode()
-def embed_texts(model: CLIP, tokenizer: Tokenizer | WordPieces, texts: list[str]) -> np.ndarray:
-    """Unit-length embeddings (len(texts), D), float32; batches of texts of like length."""
-    device = model.device
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    made = np.empty((len(texts), model.embed_dim), np.float32)
-    for start in tqdm(range(0, len(order), 256), "texts", leave=False, disable=None):
-        chosen = order[start : start + 256]
-        tokens = tokenizer([texts[i] for i in chosen]).to(device)
-        made[chosen] = model.encode_text(tokens).cpu().numpy()
-    return made
-
-
-@torch.inference_mode()
-def embed_images(model: CLIP, pixels: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
-    """Unit-length embeddings (len(rows), D), float32, of rows of uint8 `pixels` (N, S, S, 3)."""
-    device = model.device
-    parts = []
-    for start in tqdm(range(0, len(rows), 100), "images", leave=False, disable=None):
-        batch = torch.from_numpy(pixels[rows[start : start + 100]]).to(device)
-        views = views_of(batch, 1 + model.mirror, size)
-        parts.append(mean_embedding([model.encode_image(view) for view in views]))
-    return np.concatenate(parts)
-
-
-def mean_embedding(made: list[torch.Tensor]) -> np.ndarray:
-    """The mean of some embeddings of the same pictures, unit length again."""
-    if len(made) > 1:
-        made = [torch.nn.functional.normalize(sum(made), dim=-1)]
-    return made[0].cpu().numpy()
-
-
-class Cached(NamedTuple):
-    """A split's features, of features.py: the inputs of image block `start`, of the text head."""
-
-    images: np.ndarray | None = None  # (images, views, ...)
-    start: int = 0
-    texts: np.ndarray | None = None
-
-
-NOTHING = Cached()
-
-
-@torch.inference_mode()
-def embed_cached(model: CLIP, cached: Cached) -> np.ndarray:
-    """Like `embed_images`, from a split's cached features."""
-    parts = []
-    for first in range(0, len(cached.images), 100):
-        views = torch.from_numpy(cached.images[first : first + 100].copy()).to(model.device)
-        made = [model.encode_image(opened(view), cached.start) for view in views.unbind(1)]
-        parts.append(mean_embedding(made))
-    return np.concatenate(parts)
+# ------------------------------------------------------------------------- a whole split
 
 
 @dataclass(frozen=True)
@@ -114,7 +66,7 @@ def evaluate_split(
     if cached.start:
         images = embed_cached(model, cached)
     else:
-        images = embed_images(model, dataset.pixels, split.images, image_size)
+        images = embed_images(model, dataset.pixels, split.images, image_size, cached.lines)
     if cached.texts is not None:
         with torch.inference_mode():
             parts = torch.from_numpy(cached.texts.copy()).to(model.device).split(1000)
@@ -138,136 +90,6 @@ def contrastive_loss(embedded: Embedded, scale: float, batch_size: int) -> float
     parts = torch.arange(len(images)).tensor_split(-(-len(images) // batch_size))
     losses = [info_nce(images[part], texts[part], scale) * len(part) for part in parts]
     return float(sum(losses) / len(images))
-
-
-# ------------------------------------------------------------------- pictures of the user's own
-
-
-def find_pictures(folder: Path) -> list[Path]:
-    """The pictures in a folder and its subfolders, hidden ones aside. Raises UserError."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give one with pictures in it")
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in EXTENSIONS
-        and not any(part[0] == "." for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
-
-
-def embed_pictures(
-    model: CLIP, paths: list[Path], transform: dict[str, Any], workers: int
-) -> tuple[np.ndarray, list[Path]]:
-    """Decodes and embeds picture files: (embeddings, the paths that could be read, in order).
-
-    Unreadable ones are counted in a warning; raises UserError when none can be read.
-    """
-    decoded = decode_all(paths, transform["stored_size"], workers)
-    bar = tqdm(decoded, "decoding", len(paths), unit="image", leave=False, disable=None)
-    kept, pixels, failed = [], [], []
-    for path, (picture, told) in zip(paths, bar, strict=True):
-        if picture is None:
-            failed.append(f"{path.name}: {told}")
-        else:
-            kept.append(path)
-            pixels.append(picture)
-    if failed:
-        warn(f"{len(failed):,} of {len(paths):,} pictures cannot be read ({'; '.join(failed[:3])})")
-    if not kept:
-        raise UserError("not one of the pictures can be read")
-    rows = np.arange(len(kept))
-    return embed_images(model, np.stack(pixels), rows, transform["image_size"]), kept
-
-
-# ------------------------------------------------------------------------------- zero-shot
-
-TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a {}.", "there is a {} in the picture.")
-
-
-@dataclass(frozen=True)
-class ZeroShot:
-    """`scores` (pictures, classes), `truth` (pictures,) and the classes' names."""
-
-    scores: np.ndarray
-    truth: np.ndarray
-    classes: list[str]
-
-    def metrics(self) -> dict[str, Any]:
-        """Top-1 and top-5 accuracy in percent (ties lose), per class, and what chance gives."""
-        own = self.scores[np.arange(len(self.truth)), self.truth]
-        ranks = (~(self.scores < own[:, None] - TIE)).sum(1).astype(np.float64)
-        ranks[~np.isfinite(own)] = np.inf
-        per_class = {
-            name: recall_at_k(ranks[self.truth == i], 1) for i, name in enumerate(self.classes)
-        }
-        return {
-            "zero_shot_top1": recall_at_k(ranks, 1),
-            "zero_shot_top5": recall_at_k(ranks, 5),
-            "chance": 100 / len(self.classes),
-            "pictures": len(ranks),
-            "per_class": per_class,
-        }
-
-
-def class_embeddings(
-    model: CLIP, tokenizer: Tokenizer | WordPieces, classes: list[str], templates: list[str]
-) -> np.ndarray:
-    """One unit-length embedding a class: the mean of its prompts', as in CLIP (section 3.1.4)."""
-    prompts = [
-        re.sub(r"\ba (?=[aeiou])", "an ", template.replace("{}", name))
-        for name in classes
-        for template in templates
-    ]
-    made = embed_texts(model, tokenizer, prompts).reshape(len(classes), len(templates), -1).mean(1)
-    return made / np.linalg.norm(made, axis=1, keepdims=True).clip(1e-12)
-
-
-def zero_shot(
-    model: CLIP,
-    tokenizer: Tokenizer | WordPieces,
-    folder: Path,
-    templates_file: Path | None,
-    transform: dict[str, Any],
-    workers: int,
-) -> ZeroShot:
-    """Classifies the pictures of a folder of class folders by the classes' names alone."""
-    templates = read_templates(templates_file) if templates_file else list(TEMPLATES)
-    if not find_pictures(folder):
-        raise UserError(f"{folder} holds no picture; it needs a folder of pictures for each class")
-    inner = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
-    found = {place: find_pictures(place) for place in inner}
-    few = UserError(f"{folder} needs two class folders with readable pictures or more")
-    if sum(map(bool, found.values())) < 2:
-        raise few
-    paths = [path for files in found.values() for path in files]
-    images, kept = embed_pictures(model, paths, transform, workers)
-    places = [place for place, files in found.items() if not set(kept).isdisjoint(files)]
-    if empty := [place.name for place in inner if place not in places]:
-        warn(f"class folders without a readable picture are left out: {', '.join(empty)}")
-    if len(places) < 2:
-        raise few
-    classes = [re.sub(r"[_\-\s]+", " ", p.name).strip().lower() for p in places]
-    if twice := {name for name in classes if classes.count(name) > 1}:
-        raise UserError(f"{folder} has two class folders for {', '.join(sorted(twice))}; join them")
-    for name in classes:
-        if missing := tokenizer.unknown(name):
-            warn(f"class {name!r}: {', '.join(missing)} never stood in the training captions")
-    place_of = {path: i for i, place in enumerate(places) for path in found[place]}
-    texts = class_embeddings(model, tokenizer, classes, templates)
-    scores = images.astype(np.float64) @ texts.T.astype(np.float64)
-    return ZeroShot(scores, np.array([place_of[path] for path in kept]), classes)
-
-
-def read_templates(path: Path) -> list[str]:
-    """One prompt a line, with {} where the class's name goes. Raises UserError."""
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the templates {path}: {error}") from error
-    if not lines or any("{}" not in line for line in lines):
-        raise UserError(f"{path}: every line needs {{}} where the class's name goes")
-    return lines
 
 
 # ------------------------------------------------------------------------------ the script
@@ -311,6 +133,7 @@ def load_data_for(
             trained.transform["stored_size"],
             cache,
             workers,
+            config["titles"],
         )
     except UserError as error:
         hint = "" if data else " (the data that it was trained on; --data PATH names another place)"
@@ -407,6 +230,8 @@ def main(argv: list[str]) -> None:
     group.add_argument(
         "--save-embeddings", type=Path, metavar="FILE.npz", help="plain arrays, without pickle"
     )
+    told = "D (N x N), float32: minus the cosine; rows are pictures, columns their (first) texts"
+    group.add_argument("--distance-matrix", type=Path, metavar="FILE.npy", help=told)
     options = parser.parse_args(argv)
     if options.templates and not options.zero_shot:
         raise UserError("--templates goes with --zero-shot")
@@ -422,8 +247,15 @@ def main(argv: list[str]) -> None:
     split = dataset.split(options.split)
     if seen := count_trained_on(trained, dataset, split):
         warn(f"{seen:,} of the {len(split.images):,} images evaluated were trained on")
-    size = trained.transform["image_size"]
-    embedded = evaluate_split(trained.model, trained.tokenizer, dataset, split, size)
+    if dataset.films and options.split == "test":
+        figures = evaluate_films(trained, dataset, options)
+        if options.json:
+            about = {**protocol_of(dataset, split), "checkpoint": str(trained.path)}
+            write_json(options.json, {**figures, "protocol": about})
+        return
+    size, lines = trained.transform["image_size"], lines_for(trained, dataset, options)
+    cached = Cached(lines=None if lines is None else lines[split.images])
+    embedded = evaluate_split(trained.model, trained.tokenizer, dataset, split, size, cached)
     if trained.tokenizer.cut:
         print(
             f"{trained.tokenizer.cut:,} captions were cut to {trained.tokenizer.max_tokens} tokens"
@@ -432,6 +264,9 @@ def main(argv: list[str]) -> None:
     protocol = {**protocol_of(dataset, split), "trained_on": seen, "checkpoint": str(trained.path)}
     print(protocol_line(protocol))
     print(metrics_table(embedded.metrics, intervals))
+    if options.distance_matrix:
+        first = embedded.text_embeddings[first_captions(split.caption_image)]
+        told_distances(distance_matrix(embedded.image_embeddings, first), options.distance_matrix)
     if options.json:
         write_json(options.json, {**embedded.metrics, "intervals": intervals, "protocol": protocol})
     if options.save_embeddings:
@@ -445,6 +280,59 @@ def main(argv: list[str]) -> None:
                 caption_image=split.caption_image,
             )
         print(f"wrote {options.save_embeddings}")
+
+
+def all_films(dataset: Dataset) -> tuple[Split, np.ndarray]:
+    """Every film of a split with its first introduction, and which split it is in."""
+    rows = np.flatnonzero(dataset.labels != "")
+    rows = rows[first_captions(dataset.caption_image[rows])]
+    captions = [dataset.captions[i] for i in rows]
+    split = Split("whole", dataset.caption_image[rows], captions, np.arange(len(rows)))
+    return split, dataset.labels[rows]
+
+
+def lines_for(trained: Loaded, dataset: Dataset, options: Any) -> np.ndarray | None:
+    """What is written on every picture, for a model that was trained to read it."""
+    if trained.model.poster_text is None:
+        return None
+    config = trained.content["config"]
+    given = trained.model, trained.tokenizer, dataset, config, options.cache, options.workers
+    return line_features(*given)
+
+
+def evaluate_films(trained: Loaded, dataset: Dataset, options: Any) -> dict[str, Any]:
+    """The generalisation table over all films: its figures, and prints it."""
+    split, labels = all_films(dataset)
+    size, lines = trained.transform["image_size"], lines_for(trained, dataset, options)
+    cached = Cached(lines=None if lines is None else lines[split.images])
+    made = evaluate_split(trained.model, trained.tokenizer, dataset, split, size, cached)
+    images, texts = made.image_embeddings, made.text_embeddings
+    figures = generalise(images, texts, labels)
+    if lines is not None:
+        held = np.flatnonzero(labels == "test")
+        rows = split.images[held]
+        paths, digests = [dataset.paths[i] for i in rows], [dataset.digests[i] for i in rows]
+        read = read_words(paths, digests, options.cache, options.workers)
+        pixels = dataset.pixels[rows]
+        hidden = np.stack([hide_words(p, r) for p, r in zip(pixels, read, strict=True)])
+        images = embed_images(trained.model, hidden, np.arange(len(hidden)), size)
+        figures |= masked_figures(images, texts[held])
+    print(generalisation_table(figures))
+    distances = distance_matrix(made.image_embeddings, texts)
+    return figures | told_distances(distances, options.distance_matrix)
+
+
+def told_distances(distances: np.ndarray, file: Path | None) -> dict[str, float]:
+    """Prints the means of D, and writes it where a file is given."""
+    own, rest = mean_distances(distances)
+    print(
+        f"D = -cosine, {len(distances):,} pairs: mean {own:.4f} on the diagonal, {rest:.4f} off it"
+    )
+    if file:
+        with atomic_write(file) as temporary, temporary.open("wb") as opened_file:
+            np.save(opened_file, distances)
+        print(f"wrote {file}")
+    return {"distance_diagonal": own, "distance_rest": rest}
 
 
 def evaluate_zero_shot(trained: Loaded, folder: Path, templates: Path | None, options: Any) -> None:

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from captions import PAD
+from captions import PAD, Tokenizer, WordPieces
 from cli import UserError
 from dataset import Dataset
 from images import DECODER, augment, cached_folder, check_space, resize, write_header
 from models import CLIP
+from ocr import LINE_FACTS, LINES, facts, read_words, spaced
 
 FEATURES = "1"  # part of every key: raise it when the same weights would give other features
 
@@ -165,6 +166,42 @@ def text_features(
 
     folder = cached_folder(cache, f"texts-{key}", build)
     return np.load(folder / "features.npy", mmap_mode="r")
+
+
+def line_features(
+    model: CLIP,
+    tokenizer: Tokenizer | WordPieces,
+    dataset: Dataset,
+    config: dict[str, Any],
+    cache: Path,
+    workers: int,
+) -> np.ndarray:
+    """What is written on every picture: float16 (len(dataset.names), LINES, width + LINE_FACTS).
+
+    The text tower's features of a line, then `facts` about it; all 0 where there is no line.
+    """
+    if not dataset.paths:
+        raise UserError(f"--poster-text reads picture files, and {dataset.path} has none")
+    good = [row for row, digest in enumerate(dataset.digests) if digest]
+    paths, digests = [dataset.paths[i] for i in good], [dataset.digests[i] for i in good]
+    read = read_words(paths, digests, cache, workers)
+    chosen = [
+        (row, k, line)
+        for row, lines in zip(good, read, strict=True)
+        for k, line in enumerate(lines[:LINES])
+    ]
+    made = np.zeros((len(dataset.names), LINES, model.text_width + LINE_FACTS), np.float16)
+    if chosen:
+        cut = tokenizer.cut
+        tokens = tokenizer([spaced(line.text) for _, _, line in chosen])
+        tokenizer.cut = cut  # counts captions
+        features = text_features(model, tokens, config, cache, "poster")
+        tallest = {row: lines[0].height for row, lines in zip(good, read, strict=True) if lines}
+        for (row, k, line), feature in zip(chosen, features, strict=True):
+            made[row, k] = [*feature, *facts(line, tallest[row])]
+    there = sum(map(bool, read))
+    print(f"words: {len(chosen):,} lines on {there:,} of {len(read):,} pictures")
+    return made
 
 
 @contextlib.contextmanager

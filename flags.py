@@ -68,6 +68,21 @@ RECIPES: dict[str, dict[str, Any]] = {
         "fixed_temperature": True,
         "ema": 0.97,
     },
+    # The second assignment: film posters and introductions, frozen towers, linear to 128.
+    "posters": {
+        "image_tower": "efficientnet_lite2",
+        "text_tower": "minilm",
+        "image_augment": "mirror",
+        "test_mirror": True,
+        "max_tokens": 128,
+        "embed_dim": 128,
+        "temperature": 0.07,
+        "image_dropout": 0.5,
+        "text_dropout": 0.1,
+        "batch_size": 128,
+        "epochs": 30,
+        "patience": 10,
+    },
 }
 MAY_CHANGE = ("workers", "device", "epochs", "resume", "cache", "out")  # when a run is resumed
 
@@ -119,6 +134,8 @@ def build_parser() -> Parser:
     flag("--text-augment", type=checked(parse_rates), default="none", metavar="RATES", help=told)
     told = "of an image in one batch; several are positives together"
     flag("--captions-per-image", type=number(int, 1, 100), default=1, help=told)
+    told = "a film's title in its introduction: left out, or kept"
+    flag("--titles", choices=("hide", "keep"), default="hide", help=told)
     told = "a word in the vocabulary stands this often in the training captions"
     flag("--min-count", type=number(int, 1, 1000), default=2, help=told)
     told = "longer captions are cut, and counted"
@@ -148,6 +165,10 @@ def build_parser() -> Parser:
     flag("--dropout", type=number(float, 0, 0.95), default=0.1, help="in a transformer or lstm")
     told = "the projections: one matrix, or a matrix plus two layers on standardised features"
     flag("--head", choices=HEADS, default="linear", help=told)
+    told = "the text tower's own; identity starts at the tower's features (default: as --head)"
+    flag("--text-head", choices=HEADS, help=told)
+    told = "read the words on the pictures, and add what they say to the image embedding"
+    flag("--poster-text", action=argparse.BooleanOptionalAction, default=False, help=told)
     told = "of the image features before the projection"
     flag("--image-dropout", type=number(float, 0, 0.95), default=0.0, help=told)
     told = "of the text features before the projection"
@@ -163,6 +184,10 @@ def build_parser() -> Parser:
     flag("--loss", type=checked(parse_loss), default="infonce", help=told)
     told = "share of InfoNCE's target that is spread over all candidates"
     flag("--label-smoothing", type=number(float, 0, 0.9), default=0.0, help=told)
+    told = "films of like genres (Jaccard index) count in part as positives of InfoNCE"
+    flag("--soft-positives", choices=("none", "genres"), default="none", help=told)
+    told = "of InfoNCE's target, that goes to soft positives"
+    flag("--soft-share", type=number(float, 0, 1), default=0.2, help=told)
     flag("--epochs", type=number(int, 1, 100_000), help=f"({per_data('epochs')})")
     told = "in the first N epochs pretrained towers are frozen, what stands above them learns"
     flag("--head-epochs", type=number(int, 0, 100_000), default=0, metavar="N", help=told)
@@ -228,6 +253,12 @@ def resolve(typed: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
             config[f"{tower}_weights"] = str(Path(given).resolve())
         if config[f"train_{tower}"] is None:
             config[f"train_{tower}"] = "all" if given == "none" else "0"
+    if config["text_head"] is None:
+        config["text_head"] = config["head"]
+    if config["poster_text"] and config["train_text"] != "0":
+        raise UserError("--poster-text goes with a frozen text tower: --text-tower minilm or bert")
+    if config["soft_positives"] != "none" and "infonce" not in config["loss"]:
+        raise UserError("--soft-positives goes with --loss infonce")
     if config["image_size"] is None and config["image_weights"] != "none":
         config["image_size"] = image.size
     for flag, value in PER_DATA[kind].items():

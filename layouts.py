@@ -26,11 +26,13 @@ HOW_TO_GET = (
 
 
 class Row(NamedTuple):
-    """One caption as a file gives it; `split` is "" where the file names none."""
+    """One caption as a file gives it; what a file does not tell is ""."""
 
     image: str
     caption: str
     split: str = ""
+    title: str = ""  # of a film; its caption is the introduction
+    genres: str = ""  # joined by |
 
 
 def read_text(path: Path) -> str:
@@ -148,6 +150,28 @@ def read_course(paths: list[Path]) -> Iterator[Row]:
                 yield row
 
 
+def read_posters(paths: list[Path]) -> Iterator[Row]:
+    """Films: movies.csv (id, title, intro, perhaps genres), posters/ID.jpg, train.txt with ids.
+
+    What train.txt does not name is test. An id of train.txt without a film is a row without intro.
+    """
+    folder = paths[0].parent
+    posters = {Path(name).stem: name for name in find_images(folder)}
+    lists = folder / "train.txt"
+    train = dict.fromkeys(read_text(lists).split() if lists.is_file() else ())
+    unknown = dict(train)
+    try:
+        for film in csv.DictReader(io.StringIO(read_text(paths[0]), newline="")):
+            name = film["id"].strip()
+            unknown.pop(name, None)
+            split = ("train" if name in train else "test") if train else ""
+            told = film["title"], (film.get("genres") or "").strip()
+            yield Row(posters.get(name, f"{name}.jpg"), film["intro"], split, *told)
+    except csv.Error as error:
+        raise UserError(f"{paths[0]} cannot be read as CSV: {error}") from error
+    yield from (Row(posters.get(name, f"{name}.jpg"), "", "train") for name in unknown)
+
+
 def read_first(paths: list[Path]) -> Iterator[Row]:
     return read_lines(paths[0])
 
@@ -168,10 +192,11 @@ LAYOUTS = (
     Layout("Flickr30k results", ("results.csv",), read_first),
     Layout("course", ("train_captions.txt", "val_captions.txt", "test_captions.txt"), read_course),
     Layout("Kaggle captions", ("captions.txt", "captions.csv"), read_first),
+    Layout("posters", ("movies.csv",), read_posters),
 )
 IMAGE_FOLDERS = (
     *("images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images"),
-    *("flickr30k-images", "train2017", "val2017", "train2014", "val2014"),
+    *("flickr30k-images", "train2017", "val2017", "train2014", "val2014", "posters", "poster"),
 )
 
 

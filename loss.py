@@ -18,6 +18,8 @@ def info_nce(
     logit_scale: torch.Tensor | float,
     image_ids: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
+    alike: torch.Tensor | None = None,
+    soft_share: float = 0.0,
 ) -> torch.Tensor:
     """Symmetric InfoNCE of CLIP (Radford et al. 2021, figure 3): a scalar.
 
@@ -27,8 +29,10 @@ def info_nce(
         -log( exp S_ii / (exp S_ii + sum over j with id_j != id_i of exp S_ij) ),
     and likewise over the columns: each positive in turn, against what is not its image's. When all
     ids differ this is the assignment's formula. A batch of one has no negatives: its loss is 0.
-    label_smoothing: the share of the target that is spread evenly over these candidates. Raises
-    ValueError when the shapes do not fit.
+    label_smoothing: the share of the target that is spread evenly over these candidates.
+    alike: (N, N), how alike the images of two pairs are, 0 or more; the share soft_share of the
+    target is spread over the others in proportion to it, where there are any. Raises ValueError
+    when the shapes do not fit.
     """
     cosines, same = compared(image_embeddings, text_embeddings, image_ids)
     hidden = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
@@ -40,6 +44,11 @@ def info_nce(
         if label_smoothing:
             mean = logits.masked_fill(hidden, 0.0).sum(axis) / (~hidden).sum(axis)
             wrong = wrong.lerp(every - mean, label_smoothing)
+        if alike is not None:
+            others = alike.masked_fill(same, 0.0)
+            total = others.sum(axis)
+            mean = (others * logits).sum(axis) / total.clamp(min=1e-12)
+            wrong = wrong.lerp(every - mean, soft_share * (total > 0))
         loss = loss + wrong.mean() / 2
     return loss
 
@@ -92,13 +101,13 @@ def triplet(
     return sum((margin + others.amax(axis) - own).clamp(min=0).mean() for axis in (1, 0))
 
 
-# name -> loss(images, texts, model's scale, model's bias, ids, the run's config)
+# name -> loss(images, texts, model's scale, model's bias, ids, alike, the run's config)
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {
-    "infonce": lambda i, t, scale, bias, ids, config: info_nce(
-        i, t, scale, ids, config["label_smoothing"]
+    "infonce": lambda i, t, scale, bias, ids, alike, config: info_nce(
+        i, t, scale, ids, config["label_smoothing"], alike, config["soft_share"]
     ),
-    "siglip": lambda i, t, scale, bias, ids, config: siglip(i, t, scale, ids, bias),
-    "triplet": lambda i, t, scale, bias, ids, config: triplet(i, t, ids),
+    "siglip": lambda i, t, scale, bias, ids, alike, config: siglip(i, t, scale, ids, bias),
+    "triplet": lambda i, t, scale, bias, ids, alike, config: triplet(i, t, ids),
 }
 
 
@@ -126,8 +135,9 @@ def combined(
     logit_scale: torch.Tensor,
     logit_bias: torch.Tensor,
     image_ids: torch.Tensor,
+    alike: torch.Tensor | None,
     config: dict,
 ) -> torch.Tensor:
     """The weighted sum of losses that config["loss"] asks for."""
-    given = (image_embeddings, text_embeddings, logit_scale, logit_bias, image_ids, config)
+    given = (image_embeddings, text_embeddings, logit_scale, logit_bias, image_ids, alike, config)
     return sum(weight * LOSSES[name](*given) for weight, name in parse_loss(config["loss"]))

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from captions import Tokenizer, WordPieces
 from cli import UserError, atomic_write
 from images import AUGMENTATIONS
+from ocr import LINE_FACTS
 from towers import (
     IMAGE_TOWERS,
     NOT_A_CHECKPOINT,
@@ -62,7 +63,62 @@ class ResidualMLP(nn.Module):
         return self.linear(dropped) + self.out(hidden)
 
 
-HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "mlp": ResidualMLP}
+class IdentityHead(nn.Linear):
+    """Centred features through a matrix that starts as the identity, on the first `embed_dim`.
+
+    For a text tower whose features are good embeddings already, such as MiniLM's first 384.
+    """
+
+    def __init__(self, width: int, embed_dim: int, dropout: float):
+        super().__init__(width, embed_dim, bias=False)
+        nn.init.eye_(self.weight)
+        self.dropout = dropout
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.training:  # the mean of all that was seen in training
+            self.seen += len(features)
+            self.mean += (features.detach() - self.mean).sum(0) / self.seen
+        return super().forward(F.dropout(features - self.mean, self.dropout, self.training))
+
+
+HEADS: dict[str, type[nn.Module]] = {
+    "linear": LinearHead,
+    "mlp": ResidualMLP,
+    "identity": IdentityHead,
+}
+
+
+class PosterText(nn.Module):
+    """What is written on a picture: its lines, weighed by their size and place.
+
+    Only the weighing learns, six numbers that cannot learn a poster by heart; each line goes
+    through the text tower and its projection as any text does.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.weigh = nn.Linear(LINE_FACTS, 1, bias=False)
+        nn.init.zeros_(self.weigh.weight)
+        self.share = nn.Parameter(torch.tensor(0.0))  # of the words against the picture, in logits
+
+    def forward(
+        self, picture: torch.Tensor, lines: torch.Tensor, project: nn.Module
+    ) -> torch.Tensor:
+        """picture (B, D), unit length; lines (B, L, width + LINE_FACTS), 0 where none -> (B, D)."""
+        features, facts = lines[..., :-LINE_FACTS], lines[..., -LINE_FACTS:]
+        there = facts.any(2)
+        made = picture.new_zeros(*there.shape, picture.shape[1])
+        was_training = project.training
+        project.eval()  # neither dropout nor statistics of texts that are no captions
+        made[there] = F.normalize(project(features[there]), dim=-1)
+        project.train(was_training)
+        weights = self.weigh(facts)[..., 0].masked_fill(~there, -1e9).softmax(1)[..., None]
+        words = F.normalize((weights * made).sum(1), dim=-1)
+        share = self.share.sigmoid()
+        return (1 - share) * picture + share * words
+
 
 # ------------------------------------------------------------------------------ the two of them
 
@@ -76,12 +132,14 @@ class CLIP(nn.Module):
         super().__init__()
         images = IMAGE_TOWERS[config["image_tower"]].build(config["image_tower"], config)
         texts = TEXT_TOWERS[config["text_tower"]].build(config, vocabulary)
-        head, embed_dim = HEADS[config["head"]], config["embed_dim"]
+        embed_dim = config["embed_dim"]
         self.image_tower, self.text_tower = images.module, texts.module
         self.image_blocks, self.text_blocks = images.blocks, texts.blocks
         self.text_width, self.embed_dim = texts.width, embed_dim
-        self.image_projection = head(images.width, embed_dim, config["image_dropout"])
-        self.text_projection = head(texts.width, embed_dim, config["text_dropout"])
+        heads = HEADS[config["head"]], HEADS[config["text_head"]]
+        self.image_projection = heads[0](images.width, embed_dim, config["image_dropout"])
+        self.text_projection = heads[1](texts.width, embed_dim, config["text_dropout"])
+        self.poster_text = PosterText() if config["poster_text"] else None
         # The logarithm of 1 / temperature, as in CLIP; `scale()` is the factor itself.
         self.logit_scale = nn.Parameter(
             torch.tensor(math.log(1 / config["temperature"])), not config["fixed_temperature"]
@@ -141,10 +199,13 @@ class CLIP(nn.Module):
     def normalised(self, images: torch.Tensor) -> torch.Tensor:
         return (images - self.pixel_mean) / self.pixel_std
 
-    def encode_image(self, images: torch.Tensor, start: int = 0) -> torch.Tensor:
+    def encode_image(
+        self, images: torch.Tensor, start: int = 0, lines: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """images (B, 3, H, W) in [0, 1] -> unit-length embeddings (B, embed_dim), float32.
 
-        With `start`, `images` is the input of that block, as features.py keeps it.
+        With `start`, `images` is the input of that block, as features.py keeps it; `lines` are
+        what is written on the images, for a model that reads.
         """
         with self.lower_precision():
             if start:
@@ -153,7 +214,11 @@ class CLIP(nn.Module):
                     features = block(features)
             else:
                 features = self.image_tower(self.normalised(images))
-        return F.normalize(self.image_projection(features.float()), dim=-1)
+        made = F.normalize(self.image_projection(features.float()), dim=-1)
+        if self.poster_text is None or lines is None:
+            return made
+        made = self.poster_text(made, lines.float(), self.text_projection)
+        return F.normalize(made, dim=-1)
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens (B, L), 0 where padded -> unit-length embeddings (B, embed_dim), float32.
@@ -176,9 +241,13 @@ class CLIP(nn.Module):
         return self.logit_scale.clamp(max=math.log(self.MAX_SCALE) + 1e-6).exp()
 
     def forward(
-        self, images: torch.Tensor, tokens: torch.Tensor, start: int = 0
+        self,
+        images: torch.Tensor,
+        tokens: torch.Tensor,
+        start: int = 0,
+        lines: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.encode_image(images, start), self.encode_text(tokens), self.scale()
+        return self.encode_image(images, start, lines), self.encode_text(tokens), self.scale()
 
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -273,7 +342,7 @@ def choose_device(name: str) -> torch.device:
 
 # ------------------------------------------------------------------------------ checkpoints
 
-FORMAT, VERSION = "mini-clip", 2
+FORMAT, VERSION = "mini-clip", 3
 
 
 def save_checkpoint(path: Path, content: dict[str, Any], copy: Path | None = None) -> None:

@@ -7,6 +7,7 @@ the share of the steps that are done.
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -128,3 +129,45 @@ class Average:
         self.steps = state["steps"]
         for name, kept in state["average"].items():
             self.average[name].copy_(kept)
+
+
+# ------------------------------------------------------------------------------- the steps
+
+
+@dataclass
+class Trainer:
+    """What changes from step to step in a phase."""
+
+    model: CLIP
+    optimizer: torch.optim.Optimizer
+    scaler: Any  # a GradScaler, which does nothing unless the precision is fp16
+    average: Average | None  # of the weights, with --ema
+    config: dict[str, Any]
+    device: torch.device
+    phase: Phase
+    steps: int  # in an epoch
+    start: int  # the image block that the feed's features are the input of; 0: pixels
+    alike: torch.Tensor | None = None  # (images, images) in [0, 1], with --soft-positives
+
+    def set_rates(self, step: int, factor: float) -> float:
+        """Sets every group's learning rate for a step of the phase; returns the largest."""
+        steps = (self.phase.last - self.phase.first + 1) * self.steps
+        warmup = round(self.config["warmup"] * self.steps)
+        share = factor * learning_rate(step, steps, warmup, 1.0, self.config["schedule"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def step(self, loss: torch.Tensor) -> None:
+        """One step of the optimizer, and of the average."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        if self.config["grad_clip"]:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config["grad_clip"])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        with torch.no_grad():  # as in CLIP: beyond 100 training becomes unstable
+            self.model.logit_scale.clamp_(max=math.log(CLIP.MAX_SCALE))
+        if self.average:
+            self.average.update()

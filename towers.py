@@ -4,6 +4,7 @@ models.py puts one of each, and a projection behind each, into a CLIP. A new tow
 IMAGE_TOWERS or TEXT_TOWERS: a function that builds it, and where its pretrained weights lie.
 """
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -325,8 +326,11 @@ class TextLSTM(nn.Module):
         lengths = (tokens != PAD).sum(1).cpu()  # packing wants them on the CPU
         x = self.drop(self.words(tokens))
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        x, _ = pad_packed_sequence(self.lstm(packed)[0], True, padding_value=float("-inf"))
-        return x.amax(1)
+        # On a CPU in float32: without bf16 instructions oneDNN has no bf16 LSTM at all.
+        on_cpu = x.device.type == "cpu"
+        with torch.autocast("cpu", enabled=False) if on_cpu else contextlib.nullcontext():
+            made = self.lstm(packed)[0]
+        return pad_packed_sequence(made, True, padding_value=float("-inf"))[0].amax(1)
 
 
 def mean_of(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

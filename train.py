@@ -24,11 +24,14 @@ import torch
 from tqdm import tqdm
 
 from captions import Rewriter, Tokenizer, WordPieces, parse_rates
+from charts import draw_curves
 from cli import UserError, atomic_write, run, warn
 from dataset import Batch, Dataset, Feed, Split, limited, load_dataset
-from evaluate import NOTHING, Cached, contrastive_loss, evaluate_split
-from features import image_features, opened, text_features, window
+from embedding import NOTHING, Cached
+from evaluate import contrastive_loss, evaluate_split
+from features import image_features, line_features, opened, text_features, window
 from flags import MAY_CHANGE, build_parser, resolve
+from generalisation import genre_likeness
 from images import augment
 from loss import combined
 from metrics import table_head, table_line
@@ -45,56 +48,10 @@ from models import (
     model_from_checkpoint,
     save_checkpoint,
 )
-from optimizer import (
-    Average,
-    Phase,
-    build_optimizer,
-    learning_rate,
-    phases_of,
-    plateau_factor,
-)
+from optimizer import Average, Phase, Trainer, build_optimizer, phases_of, plateau_factor
 from towers import TEXT_TOWERS, read_text_folder, text_folder
-from visualize import draw_curves
 
 # ------------------------------------------------------------------------------ one epoch
-
-
-@dataclass
-class Trainer:
-    """What changes from step to step in a phase."""
-
-    model: CLIP
-    optimizer: torch.optim.Optimizer
-    scaler: Any  # a GradScaler, which does nothing unless the precision is fp16
-    average: Average | None  # of the weights, with --ema
-    config: dict[str, Any]
-    device: torch.device
-    phase: Phase
-    steps: int  # in an epoch
-    start: int  # the image block that the feed's features are the input of; 0: pixels
-
-    def set_rates(self, step: int, factor: float) -> float:
-        """Sets every group's learning rate for a step of the phase; returns the largest."""
-        steps = (self.phase.last - self.phase.first + 1) * self.steps
-        warmup = round(self.config["warmup"] * self.steps)
-        share = factor * learning_rate(step, steps, warmup, 1.0, self.config["schedule"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * share
-        return max(group["lr"] for group in self.optimizer.param_groups)
-
-    def step(self, loss: torch.Tensor) -> None:
-        """One step of the optimizer, and of the average."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        if self.config["grad_clip"]:
-            self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config["grad_clip"])
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        with torch.no_grad():  # as in CLIP: beyond 100 training becomes unstable
-            self.model.logit_scale.clamp_(max=math.log(CLIP.MAX_SCALE))
-        if self.average:
-            self.average.update()
 
 
 def train_epoch(
@@ -119,8 +76,13 @@ def train_epoch(
             images = augment(images, config["image_size"], config["image_augment"], shuffler)
         repeats = len(batch.texts) // len(images)
         ids = torch.arange(len(images), device=device).repeat_interleave(repeats)
-        images, texts, scale = model(images, batch.texts.to(device), trainer.start)
-        loss = combined(images[ids], texts, scale, model.logit_bias, ids, config)
+        lines = None if batch.lines is None else batch.lines.to(device)
+        images, texts, scale = model(images, batch.texts.to(device), trainer.start, lines)
+        alike = trainer.alike
+        if alike is not None:
+            chosen = batch.positions.repeat_interleave(repeats)
+            alike = alike[chosen][:, chosen].to(device)
+        loss = combined(images[ids], texts, scale, model.logit_bias, ids, alike, config)
         value = loss.item()
         if not math.isfinite(value):
             raise UserError(f"{where(epoch, index)}: the loss is {value}; {WHAT_THEN}")
@@ -207,11 +169,13 @@ class Run:
     tokenizer: Tokenizer | WordPieces
     model: CLIP
     rewriter: Rewriter | None
+    lines: np.ndarray | None  # what is written on every image of the dataset
     since: float  # the clock when the run began, or when its last epoch ended
     history: list[dict[str, float]] = field(default_factory=list)
     trainer: Trainer | None = None
     feed: Feed | None = None
     cached: Cached = NOTHING  # of dev
+    sample: tuple[Split, Cached] | None = None  # of training films, as many as dev has
 
     @cached_property
     def tokens(self) -> list[torch.Tensor]:
@@ -247,6 +211,10 @@ class Run:
                 for given, name in ((tokens, "train"), (dev_tokens, "dev"))
             )
             self.cached = self.cached._replace(texts=dev_texts)
+        lines = None
+        if self.lines is not None:
+            lines = self.lines[self.split.images]
+            self.cached = self.cached._replace(lines=self.lines[self.dev.images])
         self.feed = Feed(
             images,
             rows,
@@ -255,16 +223,38 @@ class Run:
             config["batch_size"],
             config["captions_per_image"],
             config["seed"],
+            lines,
         )
+        alike = None
+        if config["soft_positives"] == "genres":
+            genres = [self.dataset.films[row].genres for row in self.split.images]
+            alike = torch.from_numpy(genre_likeness(genres))
         place = model.device
         make_scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
         scaler = make_scaler(enabled=config["precision"] == "fp16" and place.type == "cuda")
+        if self.dataset.films:
+            self.sample = self.sample_of_training(images, rows, texts)
         average = Average(model, config["ema"]) if config["ema"] else None
         optimizer = build_optimizer(model, config, phase.rates)
         steps = self.feed.batches()
         self.trainer = Trainer(
-            model, optimizer, scaler, average, config, place, phase, steps, start
+            model, optimizer, scaler, average, config, place, phase, steps, start, alike
         )
+
+    def sample_of_training(
+        self, images: np.ndarray, rows: np.ndarray, texts: np.ndarray
+    ) -> tuple[Split, Cached]:
+        """Training films to be measured like dev's, for the gap between the two, and features."""
+        whole, count = self.split, min(len(self.dev.images), len(self.split.images))
+        split = limited(whole, count, 0) if count < len(whole.images) else whole
+        chosen = np.searchsorted(whole.images, split.images)
+        cached = Cached(lines=None if self.lines is None else self.lines[split.images])
+        if self.cached.start:
+            views = images[rows[chosen]][:, : 1 + self.config["test_mirror"]]
+            cached = cached._replace(images=views, start=self.cached.start)
+        if self.cached.texts is not None:
+            cached = cached._replace(texts=texts[np.isin(whole.caption_image, chosen)])
+        return split, cached
 
     def texts_of(self, epoch: int) -> Feed:
         """The feed of an epoch: with --text-augment its captions are rewritten."""
@@ -293,6 +283,11 @@ class Run:
         scale = model.scale().item()
         record["dev_loss"] = contrastive_loss(embedded, scale, self.config["batch_size"])
         record |= embedded.metrics
+        if self.sample:
+            split, cached = self.sample
+            made = evaluate_split(model, self.tokenizer, self.dataset, split, size, cached)
+            record |= {f"train_top1_{w}": made.metrics[f"top1_{w}"] for w in ("i2t", "t2i")}
+            record["dev_films"] = len(self.dev.images)
         now, past = time.perf_counter(), self.history[-1]["minutes"] if self.history else 0.0
         record |= {"logit_scale": scale, "seconds": now - started}
         record["minutes"], self.since = past + (now - self.since) / 60, now
@@ -361,7 +356,8 @@ def prepare(
         known, vocabulary, config["text_lower_case"] = read_text_folder(folder)
         config["text_architecture"] = known
     dataset = load_dataset(
-        config["data"], config["splits"], transform["stored_size"], cache, config["workers"]
+        *(config["data"], config["splits"], transform["stored_size"], cache, config["workers"]),
+        config["titles"],
     )
     print(dataset.summary())
     if content and dataset.fingerprint != content["fingerprint"]:
@@ -386,10 +382,14 @@ def prepare(
     rates = parse_rates(config["text_augment"])
     rewriter = Rewriter(split.captions, split.caption_image, rates) if any(rates.values()) else None
     history = content["history"] if content else []
+    lines = None
+    if config["poster_text"]:
+        lines = line_features(model, tokenizer, dataset, config, cache, config["workers"])
+    if config["soft_positives"] == "genres" and not any(film.genres for film in dataset.films):
+        raise UserError(f"--soft-positives genres: {dataset.path} has no genres")
     run = Run(
         *(out, cache, config, dataset, split, dataset.split("dev"), tokenizer, model, rewriter),
-        since,
-        history,
+        *(lines, since, history),
     )
     run.begin(next(p for p in phases_of(config) if len(history) < p.last))
     torch.manual_seed(config["seed"])  # dropout draws from torch's own generator

@@ -1,101 +1,46 @@
-"""The figures: curves, similarities, t-SNE, and what a text or a picture finds.
+"""The figures: what a text or a picture finds, in grids, and with charts.py all that has axes.
 
-`python visualize.py [CHECKPOINT]` follows evaluate.py, whose embeddings and ranks it draws, and
-train.py calls `draw_curves` after every epoch. Files named grid_* show pictures of the data.
+`python visualize.py [CHECKPOINT]` follows evaluate.py, whose embeddings and ranks it draws. Files
+named grid_* show pictures of the data.
 """
 
-import contextlib
-import csv
-import textwrap
-import unicodedata
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 import evaluate
-from captions import Tokenizer, WordPieces
-from cli import Parser, UserError, atomic_write, number, run, warn
+import zeroshot
+from captions import Tokenizer, WordPieces, plain_title
+from charts import (
+    GREEN,
+    INK,
+    RED,
+    canvas,
+    cosine,
+    draw_ablations,
+    draw_confusion,
+    draw_curves,
+    draw_distances,
+    draw_gap,
+    draw_genres,
+    draw_similarity,
+    draw_tsne,
+    read_ablations,
+    sample_pairs,
+    wrapped,
+)
+from cli import Parser, UserError, number, run, warn
 from dataset import Dataset, Split
-from evaluate import Embedded, Loaded, ZeroShot
+from embedding import Cached, embed_images, embed_texts
+from evaluate import Embedded, Loaded
+from generalisation import distance_matrix, genre_recalls, paired_ranks
 from images import thumbnail
-from metrics import KS, TIE, first_captions
+from layouts import Row as Film
+from metrics import first_captions
 from models import load_checkpoint
-
-# Okabe and Ito's colours, which colour-blind readers tell apart too.
-PALETTE = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]
-GREEN, RED, GREY, INK = PALETTE[2], PALETTE[3], "#777777", "#222222"
-STYLE = {
-    **{"font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "text.color": INK},
-    **{"grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False},
-    **{"axes.prop_cycle": matplotlib.cycler(color=PALETTE), "image.cmap": "viridis"},
-    **{"lines.markersize": 4, "legend.fontsize": 9, "figure.facecolor": "white"},
-    **{"text.parse_math": False, "text.usetex": False},  # a caption with two $ is no formula
-}
-GLYPHS = frozenset(get_font(findfont("DejaVu Sans")).get_charmap())  # comes with matplotlib
-
-
-def wrapped(text: str, inches: float, size: float, lines: int = 4) -> list[str]:
-    """Breaks `text` into at most `lines` lines, `inches` wide at `size` points; "…" ends a cut."""
-    # No control characters, and a box for what the font lacks: matplotlib would warn of both.
-    seen = (c for c in " ".join(text.split()) if unicodedata.category(c)[0] != "C")
-    plain = "".join(c if ord(c) in GLYPHS else "□" for c in seen)
-    width = max(8, int(inches * 72 / (0.56 * size)))  # DejaVu's letters are some 0.56 em wide
-    if lines == 1:  # cut within a word too: it may be a file's name
-        return [plain if len(plain) <= width else f"{plain[: width - 2]} …"]
-    return textwrap.wrap(plain, width, max_lines=lines, placeholder=" …") or [""]
-
-
-@contextlib.contextmanager
-def canvas(path: Path, width: float, height: float, title: str, footer: str) -> Iterator[Any]:
-    """Yields (figure, inches below its body), then writes it to `path` as PNG. Raises UserError.
-
-    The body, `width` x `height` inches, lies between title and footer. No pyplot: nothing global.
-    """
-    titles, notes = wrapped(title, width - 0.3, 12), wrapped(footer, width - 0.3, 8)
-    low = 0.15 + 0.15 * len(notes)
-    tall = low + height + 0.22 + 0.21 * len(titles)
-    with matplotlib.rc_context(STYLE):
-        figure, x = Figure((width, tall), layout="constrained"), 0.15 / width
-        figure.get_layout_engine().set(rect=(0.01, low / tall, 0.98, height / tall))
-        figure.text(x, 1 - 0.1 / tall, "\n".join(titles), va="top", size=12)
-        figure.text(x, 0.08 / tall, "\n".join(notes), va="bottom", size=8, color=GREY)
-        yield figure, low
-        with atomic_write(path) as temporary:  # Agg cannot draw 65,536 pixels or more
-            figure.savefig(temporary, format="png", dpi=min(120, 30_000 / max(width, tall)))
-
-
-def draw_curves(history: list[dict[str, float]], path: Path, footer: str = "") -> None:
-    """Draws losses and recalls over epochs; `history` holds a record an epoch. Raises UserError."""
-    epochs = [record["epoch"] for record in history]
-    span = epochs[0] - 0.5, epochs[-1] + 0.5
-    best = max(history, key=lambda record: record["mean_recall"])  # the first of equals
-    panels = {
-        "Loss": {"train": "train_loss", "dev": "dev_loss"},
-        "Mean recall on dev": {"mean of the six below": "mean_recall"},
-        "Image to text on dev": {f"R@{k}": f"i2t_r{k}" for k in KS},
-        "Text to image on dev": {f"R@{k}": f"t2i_r{k}" for k in KS},
-    }
-    title = f"Training: best epoch {best['epoch']}, mean recall on dev {best['mean_recall']:.1f}%"
-    with canvas(path, 9.5, 6, title, footer) as (figure, _):
-        for axes, (name, curves) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-            for (label, key), marker in zip(curves.items(), "os^", strict=False):
-                values = [record[key] for record in history]
-                axes.plot(epochs, values, marker=marker, label=label, clip_on=False)
-            axes.axvline(best["epoch"], color=GREY, linestyle="--", linewidth=1, label="best epoch")
-            unit = "loss (dev: InfoNCE, nats)" if name == "Loss" else "recall (%)"
-            axes.set(title=name, xlabel="epoch", ylabel=unit, ylim=(0, None), xlim=span)
-            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
-            axes.grid(True)
-            axes.legend()
 
 
 def whole_history(trained: Loaded) -> list[dict[str, float]]:
@@ -105,95 +50,6 @@ def whole_history(trained: Loaded) -> list[dict[str, float]]:
     if last.is_file() and (later := load_checkpoint(last))["config"] == run_of:
         history = max(history, later["history"], key=len)
     return history
-
-
-def cosine(queries: np.ndarray, pool: np.ndarray) -> np.ndarray:
-    """Unit-length (Q, D) and (N, D) -> float64 (Q, N)."""
-    return queries.astype(np.float64) @ pool.T.astype(np.float64)
-
-
-def sample_pairs(split: Split, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws `count` images and a caption of each: positions in split.images and split.captions."""
-    generator, total = np.random.default_rng(seed), len(split.images)
-    images = np.sort(generator.choice(total, min(count, total), replace=False))
-    shuffled = generator.permutation(len(split.captions))
-    return images, shuffled[first_captions(split.caption_image[shuffled])][images]
-
-
-def draw_similarity(path: Path, made: Embedded, seed: int, footer: str) -> None:
-    """Draws the cosines of 48 images and captions at most; the pairs are the diagonal."""
-    images, captions = sample_pairs(made.split, 48, seed)
-    cosines = cosine(made.image_embeddings[images], made.text_embeddings[captions])
-    pair = np.eye(len(images), dtype=bool)
-    title = f"Cosine similarity of {len(images)} seeded pairs: mean {cosines[pair].mean():.3f} on "
-    title += f"the diagonal (the pairs), {cosines[~pair].mean() if len(pair) > 1 else 0:.3f} off it"
-    with canvas(path, 7.5, 6.2, title, footer) as (figure, _):
-        axes = figure.subplots()
-        axes.set(xlabel="caption (number of its pair)", ylabel="image (number of its pair)")
-        figure.colorbar(axes.imshow(cosines), label="cosine similarity (no unit)")
-
-
-def modality_gap(image_embeddings: np.ndarray, text_embeddings: np.ndarray) -> float:
-    """The distance between the mean image and the mean text embedding (Liang et al. 2022)."""
-    gap = image_embeddings.mean(0, dtype=np.float64) - text_embeddings.mean(0, dtype=np.float64)
-    return float(np.linalg.norm(gap))
-
-
-def topics(texts: list[str], seed: int, most: int = 8) -> tuple[np.ndarray, list[str]]:
-    """Sorts texts by NMF over TF-IDF: (topic of each, -1 if it has no words; topics' names)."""
-    from sklearn.decomposition import NMF
-    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
-
-    colours = (
-        "black white red blue green yellow brown orange pink purple gray grey tan blond blonde"
-    )
-    ignored = sorted({*ENGLISH_STOP_WORDS, *colours.split()})
-    words = TfidfVectorizer(stop_words=ignored, token_pattern=r"[^\W\d_]{2,}", sublinear_tf=True)
-    try:
-        table = words.fit_transform(texts)
-    except ValueError:  # no word is left: "empty vocabulary"
-        return np.full(len(texts), -1), []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it has not converged does not matter here
-        model = NMF(min(most, *table.shape), init="nndsvda", random_state=seed, max_iter=300)
-        weights = model.fit_transform(table)
-    vocabulary, names = words.get_feature_names_out(), []
-    for strength in model.components_:
-        first, *rest = vocabulary[np.argsort(-strength, kind="stable")[:9]]
-        others = [word for word in rest if not (word.startswith(first) or first.startswith(word))]
-        names.append(", ".join([first, *others[:1]]))  # "dog, snow" tells more than "dog, dogs"
-    return np.where(weights.max(1) > 0, weights.argmax(1), -1), names
-
-
-def draw_tsne(path: Path, made: Embedded, seed: int, footer: str) -> None:
-    """Draws at most 500 seeded pairs, images and texts together, in the plane of one t-SNE."""
-    from sklearn.manifold import TSNE
-
-    images, captions = sample_pairs(made.split, 500, seed)
-    both = np.concatenate([made.image_embeddings[images], made.text_embeddings[captions]])
-    perplexity = min(30, (len(both) - 1) / 3)
-    start = "pca" if np.ptp(both, axis=0).max() > 1e-6 else "random"  # PCA of one point fails
-    tsne = TSNE(2, perplexity=perplexity, init=start, random_state=seed)
-    points = tsne.fit_transform(both.astype(np.float64)).reshape(2, -1, 2)  # images, then texts
-    joined = [""] * len(made.split.images)
-    for caption, image in zip(made.split.captions, made.split.caption_image, strict=True):
-        joined[image] += f" {caption}"
-    topic, names = topics([joined[i] for i in images], seed)
-    gap = modality_gap(made.image_embeddings, made.text_embeddings)
-    title = f"t-SNE of {len(images)} pairs, perplexity {perplexity:.0f}. Modality gap {gap:.3f} "
-    title += "(distance between the mean image and the mean text embedding of the split)"
-    with canvas(path, 9.5, 6.5, title, footer) as (figure, _):
-        axes = figure.subplots()
-        pairs = LineCollection(points.swapaxes(0, 1), color=GREY, linewidth=0.5, alpha=0.35)
-        axes.add_collection(pairs)
-        for i, name in [*enumerate(names), (-1, "no topic")]:
-            mine, look = topic == i, {"s": 26, "color": [*PALETTE, GREY][i], "edgecolor": "white"}
-            label = f"{wrapped(name, 2.5, 9, 1)[0]} ({mine.sum()})" if mine.any() else None
-            axes.scatter(*points[0, mine].T, linewidth=0.3, label=label, **look)
-            axes.scatter(*points[1, mine].T, linewidth=0.3, marker="^", **look)
-        told = "● image   ▲ its caption\n— a pair\n\nTopic of the captions\n(and its images)"
-        axes.legend(title=told, loc="upper left", bbox_to_anchor=(1.01, 1), alignment="left")
-        axes.set(xlabel="t-SNE dimension 1 (no unit)", ylabel="t-SNE dimension 2 (no unit)")
 
 
 # What a search finds: rank from 1, position in the pool, score, whether it is the query's own.
@@ -289,7 +145,26 @@ def cells_of(hits: list[Hit], draw: Draw, names: list[str]) -> list[Cell]:
     return cells
 
 
-def draw_pairs(options: Any, made: Embedded, draw: Draw, footer: str) -> None:
+def draw_films(
+    out: Path, made: Embedded, films: list[Film], history: list[dict[str, float]], footer: str
+) -> None:
+    """Draws what is told of films alone: a corner of D, memorising, and genres."""
+    first = first_captions(made.split.caption_image)
+    images, texts = made.image_embeddings, made.text_embeddings[first]
+    corner, titles = slice(0, 40), [plain_title(film.title) for film in films[:40]]
+    distances = distance_matrix(images[corner], texts[corner])
+    write(out / "distances.png", draw_distances, distances, titles, footer)
+    if history and "train_top1_t2i" in history[0]:
+        pairs = history[0]["dev_films"]
+        write(out / "generalisation.png", draw_gap, history, pairs, footer)
+    recalls = genre_recalls(paired_ranks(images, texts), [film.genres for film in films])
+    if recalls:
+        write(out / "genres.png", draw_genres, recalls, footer)
+
+
+def draw_pairs(
+    options: Any, made: Embedded, draw: Draw, footer: str, names: list[str] | None = None
+) -> None:
     """Draws every figure of an embedded split into the folder options.out."""
     split, seed, out, pool = made.split, options.seed, options.out, len(made.split.images)
     texts, k = split.captions, clamped("top-k", options.top_k, pool)
@@ -298,7 +173,7 @@ def draw_pairs(options: Any, made: Embedded, draw: Draw, footer: str) -> None:
         own, rank = [int(split.caption_image[i])], made.t2i[i]
         told = f"true image: rank {rank:,.0f} of {pool:,}", GREEN if rank <= k else RED
         hits = find(made.text_embeddings[i], made.image_embeddings, k, own, rank)
-        return [(texts[i], INK), told], cells_of(hits, draw, [])
+        return [(texts[i], INK), told], cells_of(hits, draw, names or [])
 
     def image_row(i: int) -> Row:
         own, rank = np.flatnonzero(split.caption_image == i).tolist(), made.i2t[i]
@@ -321,68 +196,6 @@ def draw_pairs(options: Any, made: Embedded, draw: Draw, footer: str) -> None:
     best, worst = extreme_cases(made, 4)
     rows = [text_row(i, 2) for i in best] + [text_row(i, 1) for i in worst]
     write(out / "grid_best_worst.png", draw_grid, title, footer, rows)
-
-
-def draw_confusion(path: Path, result: ZeroShot, footer: str) -> None:
-    """Draws the confusion matrix, each row in percent of the true class's pictures."""
-    top, size = result.metrics()["zero_shot_top1"], len(result.classes)
-    total, scores = np.bincount(result.truth), result.scores.copy()
-    scores[np.arange(len(scores)), result.truth] -= TIE  # a tie is lost, as in evaluate.py
-    valid = np.isfinite(scores).all(1)  # the others count as pictures only
-    cells = result.truth[valid] * size + scores[valid].argmax(1)
-    counts = np.bincount(cells, minlength=size * size).reshape(size, size)
-    percent, side = counts / total[:, None] * 100, min(4.5 + 0.42 * size, 40)
-    title = f"Zero-shot: top-1 {top:.1f}% of {len(valid):,} pictures (chance {100 / size:.1f}%)"
-    with canvas(path, side + 2.2, side, title, footer) as (figure, _):
-        axes = figure.subplots()
-        shown = axes.imshow(percent, cmap="cividis", vmin=0, vmax=100)
-        names = [wrapped(name, 1.6, 9, 1)[0] for name in result.classes]
-        axes.set_xticks(range(size), names, rotation=90)
-        axes.set_yticks(range(size), [f"{n} ({c:,})" for n, c in zip(names, total, strict=True)])
-        axes.set(xlabel="predicted class", ylabel="true class (number of its pictures)")
-        for row, column in np.argwhere(counts) if size <= 30 else ():
-            text = f"{percent[row, column]:.0f}%\n{counts[row, column]:,}"
-            hue = "black" if percent[row, column] > 50 else "white"
-            axes.text(column, row, text, size=7, ha="center", va="center", color=hue)
-        figure.colorbar(shown, label="share of the true class's pictures (%)")
-
-
-def draw_ablations(rows: list[dict[str, str]], path: Path) -> None:
-    """Quality against minutes: a dot for each row of an ablation table, in the table's order."""
-    title = "Recall on dev against minutes of training on 2 cores"
-    footer = "mean of the six recalls (R@1, 5, 10 in both directions)"
-    with canvas(path, 9, 6, title, footer) as (figure, _):
-        axes = figure.subplots()
-        for hue, group in enumerate(dict.fromkeys(row["group"] for row in rows)):
-            chosen = [row for row in rows if row["group"] == group]
-            x = [float(row["minutes"]) for row in chosen]
-            y = [float(row["mean_recall"]) for row in chosen]
-            axes.plot(x, y, "o", color=PALETTE[hue % len(PALETTE)], label=group)
-            for row, *place in zip(chosen, x, y, strict=True):
-                axes.annotate(row["row"], place, (5, 3), textcoords="offset points", size=8)
-        axes.set(xlabel="minutes, features included", ylabel="mean recall (%)", xscale="log")
-        axes.set_xticks((1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 45, 60), minor=False)
-        axes.minorticks_off()
-        axes.xaxis.set_major_formatter("{x:g}")
-        span = [float(row["minutes"]) for row in rows]
-        axes.set_xlim(0.8 * min(span), 1.4 * max(span))
-        axes.grid(True)
-        axes.legend(loc="center left")
-
-
-def read_ablations(path: Path) -> list[dict[str, str]]:
-    """The rows of a table like report/ablations.csv. Raises UserError."""
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        if not rows:
-            raise ValueError("it is empty")
-        for row in rows:
-            float(row["minutes"]), float(row["mean_recall"]), row["group"], row["row"]
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        told = "it needs the columns row, group, minutes and mean_recall"
-        raise UserError(f"cannot read the table {path} ({error}); {told}") from error
-    return rows
 
 
 # ------------------------------------------------------------------------------ the script
@@ -443,12 +256,12 @@ def main(argv: list[str]) -> None:
     queries, out, workers = checked_queries(options.query, tokenizer), options.out, options.workers
     if options.zero_shot:
         source = options.zero_shot, options.templates
-        result = evaluate.zero_shot(model, tokenizer, *source, transform, workers)
+        result = zeroshot.zero_shot(model, tokenizer, *source, transform, workers)
         return write(out / "confusion.png", draw_confusion, result, origin(trained))
     if options.images:
-        if not (paths := evaluate.find_pictures(options.images)):
+        if not (paths := zeroshot.find_pictures(options.images)):
             raise UserError(f"--images {options.images} holds no picture")
-        pool, paths = evaluate.embed_pictures(model, paths, transform, workers)
+        pool, paths = zeroshot.embed_pictures(model, paths, transform, workers)
         names = [str(path.relative_to(options.images)) for path in paths]
         footer = f"{len(paths):,} pictures of {options.images}; {origin(trained)}"
         name, draw = "grid_search.png", lambda i: thumbnail(paths[i])
@@ -456,17 +269,23 @@ def main(argv: list[str]) -> None:
         source = options.data, options.splits, options.cache
         dataset = evaluate.load_data_for(trained, *source, workers)
         print(dataset.summary())
-        split, size, names = dataset.split(options.split), transform["image_size"], []
+        split, size = dataset.split(options.split), transform["image_size"]
+        films = [dataset.films[row] for row in split.images] if dataset.films else []
+        names = [plain_title(film.title) for film in films]
+        lines = evaluate.lines_for(trained, dataset, options)
+        cached = Cached(lines=None if lines is None else lines[split.images])
         footer = origin(trained, dataset, split)
         name, draw = "grid_text_to_image.png", lambda i: dataset.picture(int(split.images[i]))
         if not queries:
             history, told = whole_history(trained), origin(trained)
             write(out / "curves.png", lambda path: draw_curves(history, path, told))
-            made = evaluate.evaluate_split(model, tokenizer, dataset, split, size)
-            return draw_pairs(options, made, draw, footer)
-        pool = evaluate.embed_images(model, dataset.pixels, split.images, size)
+            made = evaluate.evaluate_split(model, tokenizer, dataset, split, size, cached)
+            if films:
+                draw_films(out, made, films, history, footer)
+            return draw_pairs(options, made, draw, footer, names)
+        pool = embed_images(model, dataset.pixels, split.images, size, cached.lines)
     k = clamped("top-k", options.top_k, len(pool))
-    found = [find(text, pool, k) for text in evaluate.embed_texts(model, tokenizer, queries)]
+    found = [find(text, pool, k) for text in embed_texts(model, tokenizer, queries)]
     rows = [([(q, INK)], cells_of(f, draw, names)) for q, f in zip(queries, found, strict=True)]
     title = f"Text to image: the first {k} of {len(pool):,} pictures"
     return write(out / name, draw_grid, title, footer, rows)

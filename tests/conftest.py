@@ -4,13 +4,14 @@ import csv
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models: threads only wait for one another
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {
@@ -85,6 +86,42 @@ def write_kaggle(folder: Path, count: int = 40, header: str | None = "image,capt
             file.write(header + "\n")
         csv.writer(file, lineterminator="\n").writerows(pairs(count))
     return folder
+
+
+GENRES = ("Drama", "Comedy|Romance", "Western", "Horror|Thriller", "")
+FILMS = ("night", "river", "winter", "garden", "soldier", "teacher", "island", "train")
+
+
+def film(number: int) -> tuple[str, str, str, str]:
+    """(id, title, intro, genres) of a made-up film; the intros of 0, 8, 16 ... hold their title."""
+    word, other = FILMS[number % 8], FILMS[number // 8 % 8]
+    title = f"The {word} and {number} {other}s".title()
+    named = f'In "{title}" ' if number % 8 == 0 else ""
+    intro = f"{named}{number} people meet a {word} by the {other}, and one of them stays."
+    return str(10 + number), f"{title} (1999)", intro, GENRES[number % 5]
+
+
+def write_posters(folder: Path, count: int = 40, place: str = "posters") -> Path:
+    """A folder in the posters' layout: each poster shows its title; two thirds are in train.txt."""
+    (folder / place).mkdir(parents=True)
+    films = [film(number) for number in range(count)]
+    for number, (name, title, _, _) in enumerate(films):
+        poster = photo(number, (200, 300))
+        draw = ImageDraw.Draw(poster)
+        draw.rectangle((0, 120, 200, 200), fill="white")
+        for row, line in enumerate(textwrap.wrap(title.partition(" (")[0], 14)):
+            draw.text((10, 125 + 24 * row), line, "black", ImageFont.load_default(20))
+        poster.save(folder / place / f"{name}.{'png' if number % 5 == 4 else 'jpg'}", quality=95)
+    with (folder / "movies.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("id", "title", "intro", "genres"), *films])
+    train = [film[0] for number, film in enumerate(films) if number % 3 != 2]
+    (folder / "train.txt").write_text("\n".join(train) + "\n", "utf-8")
+    return folder
+
+
+@pytest.fixture
+def films(tmp_path: Path) -> Path:
+    return write_posters(tmp_path / "films")
 
 
 @pytest.fixture

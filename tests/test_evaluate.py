@@ -15,9 +15,11 @@ from test_loss import loop as loop_loss
 from test_metrics import loop_ranks
 
 import evaluate
+import zeroshot
 from cli import UserError
 from dataset import Split
-from evaluate import Embedded, ZeroShot, contrastive_loss, find_pictures, read_templates
+from evaluate import Embedded, contrastive_loss
+from zeroshot import ZeroShot, find_pictures, read_templates
 
 WAYS, KS = ("i2t", "t2i"), (1, 5, 10)
 
@@ -295,7 +297,7 @@ def test_zero_shot_figures_against_a_loop(run, tiny_run, classes, tmp_path):
     hits = {1: 0, 5: 0}
     for truth, name in enumerate(names):
         for path in find_pictures(classes / name):
-            image, kept = evaluate.embed_pictures(trained.model, [path], trained.transform, 0)
+            image, kept = zeroshot.embed_pictures(trained.model, [path], trained.transform, 0)
             assert kept == [path]
             scores = [float(image[0].astype(np.float64) @ vector) for vector in vectors]
             rank = 1 + sum(s >= scores[truth] for i, s in enumerate(scores) if i != truth)
@@ -375,7 +377,7 @@ def test_prompts_say_an_before_a_vowel(monkeypatch):
         return np.ones((len(texts), 2), np.float32)
 
     monkeypatch.setattr(evaluate, "embed_texts", embed)
-    made = evaluate.class_embeddings(None, None, ["apple", "dog"], ["a photo of a {}.", "{} at {}"])
+    made = zeroshot.class_embeddings(None, None, ["apple", "dog"], ["a photo of a {}.", "{} at {}"])
     assert asked == ["a photo of an apple.", "apple at apple", "a photo of a dog.", "dog at dog"]
     np.testing.assert_allclose(made, np.full((2, 2), math.sqrt(0.5)))
 

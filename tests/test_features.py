@@ -10,7 +10,7 @@ from test_models import TOKENIZER, build, config
 import features
 from cli import UserError
 from dataset import Dataset, Feed, Split
-from evaluate import Cached, embed_cached, embed_images
+from embedding import Cached, embed_cached, embed_images
 from features import image_features, opened, text_features, window
 from images import resize
 

@@ -190,10 +190,10 @@ def test_hinges_never_punish_a_positive():
 def test_sums_of_losses():
     images, texts, ids = unit(8), unit(8, seed=1), torch.arange(8)
     scale, bias = torch.tensor(7.0), torch.tensor(-2.0)
-    config = {"loss": "infonce + 0.2*triplet+3*siglip", "label_smoothing": 0.1}
+    config = {"loss": "infonce + 0.2*triplet+3*siglip", "label_smoothing": 0.1, "soft_share": 0.2}
     wanted = info_nce(images, texts, scale, ids, 0.1) + 0.2 * triplet(images, texts, ids)
     wanted = wanted + 3 * siglip(images, texts, scale, ids, bias)
-    torch.testing.assert_close(combined(images, texts, scale, bias, ids, config), wanted)
+    torch.testing.assert_close(combined(images, texts, scale, bias, ids, None, config), wanted)
 
 
 @pytest.mark.parametrize(

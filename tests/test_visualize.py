@@ -10,6 +10,7 @@ from conftest import TINY, caption, names, photo
 from PIL import Image
 
 import captions
+import charts
 import dataset
 import evaluate
 import visualize
@@ -125,7 +126,8 @@ def test_every_figure_of_a_split_with_odd_captions(draw, capsys, monkeypatch):
         footers.append(footer)
         return original(path, width, height, title, footer)
 
-    monkeypatch.setattr(visualize, "canvas", noted)
+    for module in (visualize, charts):
+        monkeypatch.setattr(module, "canvas", noted)
     assert draw("--split", "train", "--queries", 3, "--top-k", 20) == ALL
     out = capsys.readouterr()
     wrote = [line for line in out.out.splitlines() if line.startswith("wrote ")]
@@ -208,7 +210,7 @@ def test_a_file_in_place_of_the_folder_stays_whole(draw, tmp_path):
 def test_nothing_half_written_when_drawing_fails(tmp_path):
     with (
         pytest.raises(RuntimeError),
-        visualize.canvas(tmp_path / "x.png", 4, 3, "title", "footer"),
+        charts.canvas(tmp_path / "x.png", 4, 3, "title", "footer"),
     ):
         raise RuntimeError
     assert not list(tmp_path.iterdir())
@@ -220,7 +222,7 @@ def test_nothing_half_written_when_drawing_fails(tmp_path):
 @pytest.mark.parametrize("epochs", [1, 2, 40])
 def test_curves(tmp_path, epochs):
     history = [{"epoch": i + 1, **RECORD} for i in range(epochs)]
-    visualize.draw_curves(history, tmp_path / "curves.png")
+    charts.draw_curves(history, tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size[0] > 800
 
 
@@ -294,49 +296,47 @@ def test_modality_gap_against_numpy():
     made = embedded()
     means = [e.astype(np.float64).mean(0) for e in (made.image_embeddings, made.text_embeddings)]
     wanted = np.sqrt(((means[0] - means[1]) ** 2).sum())
-    assert visualize.modality_gap(made.image_embeddings, made.text_embeddings) == pytest.approx(
-        wanted
-    )
-    assert visualize.modality_gap(made.image_embeddings, made.image_embeddings) == 0
+    assert charts.modality_gap(made.image_embeddings, made.text_embeddings) == pytest.approx(wanted)
+    assert charts.modality_gap(made.image_embeddings, made.image_embeddings) == 0
 
 
 def test_topics_part_texts_by_their_words():
     texts = ["the red dog in snow, dogs"] * 5 + ["a blue boat on water"] * 5 + ["in the red ..."]
-    topic, labels = visualize.topics(texts, 0, most=2)
+    topic, labels = charts.topics(texts, 0, most=2)
     assert set(topic[:5]) != set(topic[5:10]) and len(set(topic[:5])) == len(set(topic[5:10])) == 1
     assert topic[10] == -1
     assert not {"red", "blue", "the"} & set(" ".join(labels).replace(",", "").split())
     assert "dog" in labels[topic[0]] or "snow" in labels[topic[0]]
-    empty, none = visualize.topics(["the", "$ !"], 0)
+    empty, none = charts.topics(["the", "$ !"], 0)
     assert empty.tolist() == [-1, -1] and none == []
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_few_pairs_and_a_collapsed_model(tmp_path, count):
     made = embedded(count, 1)
-    visualize.draw_tsne(tmp_path / "tsne.png", made, 0, "")
-    visualize.draw_similarity(tmp_path / "similarity.png", made, 0, "")
+    charts.draw_tsne(tmp_path / "tsne.png", made, 0, "")
+    charts.draw_similarity(tmp_path / "similarity.png", made, 0, "")
     same = np.ones((count, 8), np.float32) / np.sqrt(8).astype(np.float32)
     made = evaluate.Embedded(made.split, same, same, made.i2t, made.t2i, {})
-    visualize.draw_tsne(tmp_path / "same.png", made, 0, "")
+    charts.draw_tsne(tmp_path / "same.png", made, 0, "")
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_pairs_are_drawn_by_the_seed_and_belong_together():
     split = split_of(50, 5)
-    images, captions = visualize.sample_pairs(split, 20, 3)
+    images, captions = charts.sample_pairs(split, 20, 3)
     assert (split.caption_image[captions] == images).all() and len(set(images)) == 20
-    again = visualize.sample_pairs(split, 20, 3)
+    again = charts.sample_pairs(split, 20, 3)
     assert (again[0] == images).all() and (again[1] == captions).all()
-    assert (visualize.sample_pairs(split, 20, 4)[0] != images).any()
+    assert (charts.sample_pairs(split, 20, 4)[0] != images).any()
 
 
 def test_text_that_the_font_lacks_or_that_is_too_long():
-    assert visualize.wrapped("a\x00b\n\t c \udcff 犬 ✓", 5, 9) == ["ab c  □ ✓"]
-    lines = visualize.wrapped("word " * 100, 2, 9, lines=3)
+    assert charts.wrapped("a\x00b\n\t c \udcff 犬 ✓", 5, 9) == ["ab c  □ ✓"]
+    lines = charts.wrapped("word " * 100, 2, 9, lines=3)
     assert len(lines) == 3 and lines[-1].endswith("…")
-    assert visualize.wrapped("", 2, 9) == [""]
-    (cut,) = visualize.wrapped("x" * 500, 1, 9, lines=1)
+    assert charts.wrapped("", 2, 9) == [""]
+    (cut,) = charts.wrapped("x" * 500, 1, 9, lines=1)
     assert cut.startswith("xxx") and cut.endswith(" …")
 
 

@@ -1,0 +1,83 @@
+"""Texts and pictures through a trained model: batches in, unit-length embeddings out.
+
+evaluate.py, zeroshot.py and visualize.py embed with these; features.py gives train.py's dev split
+a shortcut, `Cached`.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from captions import Tokenizer, WordPieces
+from features import opened, views_of
+from models import CLIP
+
+
+@torch.inference_mode()
+def embed_texts(model: CLIP, tokenizer: Tokenizer | WordPieces, texts: list[str]) -> np.ndarray:
+    """Unit-length embeddings (len(texts), D), float32; batches of texts of like length."""
+    device = model.device
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    made = np.empty((len(texts), model.embed_dim), np.float32)
+    for start in tqdm(range(0, len(order), 256), "texts", leave=False, disable=None):
+        chosen = order[start : start + 256]
+        tokens = tokenizer([texts[i] for i in chosen]).to(device)
+        made[chosen] = model.encode_text(tokens).cpu().numpy()
+    return made
+
+
+@torch.inference_mode()
+def embed_images(
+    model: CLIP,
+    pixels: np.ndarray,
+    rows: np.ndarray,
+    size: int,
+    lines: np.ndarray | None = None,
+) -> np.ndarray:
+    """Unit-length embeddings (len(rows), D), float32, of rows of uint8 `pixels` (N, S, S, 3).
+
+    `lines` (len(rows), ...) is what is written on them, of features.line_features.
+    """
+    device = model.device
+    parts = []
+    for start in tqdm(range(0, len(rows), 100), "images", leave=False, disable=None):
+        batch = torch.from_numpy(pixels[rows[start : start + 100]]).to(device)
+        read = None if lines is None else torch.from_numpy(lines[start : start + 100]).to(device)
+        views = views_of(batch, 1 + model.mirror, size)
+        parts.append(mean_embedding([model.encode_image(view, 0, read) for view in views]))
+    return np.concatenate(parts)
+
+
+def mean_embedding(made: list[torch.Tensor]) -> np.ndarray:
+    """The mean of some embeddings of the same pictures, unit length again."""
+    if len(made) > 1:
+        made = [torch.nn.functional.normalize(sum(made), dim=-1)]
+    return made[0].cpu().numpy()
+
+
+class Cached(NamedTuple):
+    """A split's features, of features.py: the inputs of image block `start`, of the text head."""
+
+    images: np.ndarray | None = None  # (images, views, ...)
+    start: int = 0
+    texts: np.ndarray | None = None
+    lines: np.ndarray | None = None  # what is written on the images
+
+
+NOTHING = Cached()
+
+
+@torch.inference_mode()
+def embed_cached(model: CLIP, cached: Cached) -> np.ndarray:
+    """Like `embed_images`, from a split's cached features."""
+    parts = []
+    for first in range(0, len(cached.images), 100):
+        views = torch.from_numpy(cached.images[first : first + 100].copy()).to(model.device)
+        read = None
+        if cached.lines is not None:
+            read = torch.from_numpy(cached.lines[first : first + 100]).to(model.device)
+        made = [model.encode_image(opened(view), cached.start, read) for view in views.unbind(1)]
+        parts.append(mean_embedding(made))
+    return np.concatenate(parts)

@@ -1,0 +1,134 @@
+"""The words on pictures: read once by an OCR package, kept in the cache, and made fit to embed.
+
+train.py --poster-text and evaluate.py ask `read_words` for the lines on the posters of a dataset;
+features.py embeds them with the text tower, models.py fuses them with the picture.
+"""
+
+import importlib.util
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache as once
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from cli import UserError
+from images import to_rgb
+
+LINES = 8  # of a picture that are embedded: the tallest
+LINE_FACTS = 5  # numbers beside a line's features, see `facts`
+READER = "1"  # part of the cache's name: raise it when `read_picture` gives other lines
+SHORTER = 400  # pixels: small posters are enlarged to it, as the reader wants letters of 30 or so
+
+
+class Line(NamedTuple):
+    """A line of text on a picture; the box is left, top, right, bottom, in shares of its sides."""
+
+    text: str
+    score: float  # the reader's confidence, 0 to 1
+    box: tuple[float, float, float, float]
+
+    @property
+    def height(self) -> float:
+        return self.box[3] - self.box[1]
+
+
+@once
+def reader() -> Any:
+    """The OCR engine, one thread; a process makes it once."""
+    from rapidocr_onnxruntime import RapidOCR
+
+    return RapidOCR(intra_op_num_threads=1, inter_op_num_threads=1)
+
+
+def read_picture(path: Path) -> list[Line]:
+    """The lines on a picture, the tallest first; none where it cannot be read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path) as image:
+            image = to_rgb(ImageOps.exif_transpose(image))
+    scale = max(1.0, SHORTER / min(image.size))
+    wide, high = (round(side * scale) for side in image.size)
+    pixels = np.asarray(image.resize((wide, high), Image.Resampling.BICUBIC))
+    found, _ = reader()(pixels[:, :, ::-1])  # it takes blue, green, red
+    lines = []
+    for corners, text, score in found or []:
+        box = [*np.min(corners, 0) / (wide, high), *np.max(corners, 0) / (wide, high)]
+        lines.append(Line(text, round(float(score), 4), tuple(round(float(x), 4) for x in box)))
+    return sorted(lines, key=lambda line: -line.height)
+
+
+def read_words(
+    paths: Sequence[Path], digests: Sequence[str], cache: Path, workers: int
+) -> list[list[Line]]:
+    """The lines on every picture; what is not in the cache yet is read, in `workers` processes.
+
+    The cache is one file of JSON lines, keyed by the pictures' content, to which each picture is
+    added as it is done: a run that is stopped goes on where it was. Raises UserError when the OCR
+    package is missing.
+    """
+    if importlib.util.find_spec("rapidocr_onnxruntime") is None:
+        raise UserError("--poster-text reads with a package: pip install rapidocr-onnxruntime")
+    file = cache / f"words-{version('rapidocr-onnxruntime')}-{READER}.jsonl"
+    known = read_cache(file)
+    missing = {digest: path for path, digest in zip(paths, digests, strict=True)}
+    missing = {digest: path for digest, path in missing.items() if digest not in known}
+    if missing:
+        # Forked readers start at once; elsewhere forking is not safe.
+        context = get_context("fork" if sys.platform == "linux" else "spawn")
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with (
+                file.open("a", encoding="utf-8") as kept,
+                ProcessPoolExecutor(max(1, workers), context) as pool,
+            ):
+                made = pool.map(read_picture, missing.values(), chunksize=4)
+                bar = tqdm(made, "reading", len(missing), unit="poster", leave=False, disable=None)
+                for digest, lines in zip(missing, bar, strict=True):
+                    known[digest] = lines
+                    kept.write("\n" + json.dumps([digest, lines]))  # after a torn line too
+                    kept.flush()
+        except OSError as error:
+            raise UserError(f"cannot write the cache {file}: {error.strerror or error}") from error
+    return [known[digest] for digest in digests]
+
+
+def read_cache(file: Path) -> dict[str, list[Line]]:
+    """{digest: lines}; a last line that a killed run left half-written counts as not read."""
+    known = {}
+    if file.exists():
+        for row in file.read_text("utf-8").split("\n"):
+            try:
+                digest, lines = json.loads(row)
+                known[digest] = [Line(text, score, tuple(box)) for text, score, box in lines]
+            except ValueError:
+                continue
+    return known
+
+
+def facts(line: Line, tallest: float) -> tuple[float, ...]:
+    """What tells a title from small print: never all 0."""
+    left, top, right, bottom = line.box
+    return (line.height / tallest, right - left, (top + bottom) / 2, line.score, 1.0)
+
+
+def spaced(text: str) -> str:
+    """A line as it is embedded."""
+    return text
+
+
+def hide_words(pixels: np.ndarray, lines: Sequence[Line]) -> np.ndarray:
+    """A copy of a picture (S, S, 3) with its lines painted over in its mean colour."""
+    hidden, size = pixels.copy(), len(pixels)
+    for line in lines:
+        left, top, right, bottom = (round(side * size) for side in line.box)
+        hidden[max(0, top) : bottom + 1, max(0, left) : right + 1] = pixels.mean((0, 1))
+    return hidden
