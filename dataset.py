@@ -310,7 +310,7 @@ class Batch(NamedTuple):
     images: torch.Tensor
     texts: torch.Tensor
     positions: torch.Tensor | None = None  # of the images in the split
-    lines: torch.Tensor | None = None  # what is written on them, of features.line_features
+    readings: torch.Tensor | None = None  # what is written on them, of features.reading_features
 
 
 @dataclass(frozen=True)
@@ -324,7 +324,7 @@ class Feed:
     batch_size: int
     captions_per_image: int
     seed: int
-    lines: np.ndarray | None = None  # of each image of the split
+    readings: np.ndarray | None = None  # of each image of the split
 
     def batches(self) -> int:
         """As many as --batch-size asks for, but none of a single pair, which teaches nothing."""
@@ -361,9 +361,9 @@ class Feed:
             shown = self.images[rows, random.integers(self.images.shape[1], size=len(rows))]
         else:
             shown = self.images[rows]
-        lines = None if self.lines is None else torch.from_numpy(self.lines[images])
+        readings = None if self.readings is None else torch.from_numpy(self.readings[images])
         return Batch(
-            torch.from_numpy(shown), torch.from_numpy(texts), torch.from_numpy(images), lines
+            torch.from_numpy(shown), torch.from_numpy(texts), torch.from_numpy(images), readings
         )
 
     def epoch(self, epoch: int, ahead: bool) -> Iterator[Batch]:

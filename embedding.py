@@ -34,20 +34,25 @@ def embed_images(
     pixels: np.ndarray,
     rows: np.ndarray,
     size: int,
-    lines: np.ndarray | None = None,
+    readings: np.ndarray | None = None,
 ) -> np.ndarray:
     """Unit-length embeddings (len(rows), D), float32, of rows of uint8 `pixels` (N, S, S, 3).
 
-    `lines` (len(rows), ...) is what is written on them, of features.line_features.
+    `readings` (len(rows), ...) is what is written on them, of features.reading_features.
     """
     device = model.device
     parts = []
     for start in tqdm(range(0, len(rows), 100), "images", leave=False, disable=None):
         batch = torch.from_numpy(pixels[rows[start : start + 100]]).to(device)
-        read = None if lines is None else torch.from_numpy(lines[start : start + 100]).to(device)
+        read = batch_of(readings, start, device)
         views = views_of(batch, 1 + model.mirror, size)
         parts.append(mean_embedding([model.encode_image(view, 0, read) for view in views]))
     return np.concatenate(parts)
+
+
+def batch_of(readings: np.ndarray | None, first: int, device: torch.device) -> torch.Tensor | None:
+    """The readings that go with a batch of 100 pictures, where there are any."""
+    return None if readings is None else torch.from_numpy(readings[first : first + 100]).to(device)
 
 
 def mean_embedding(made: list[torch.Tensor]) -> np.ndarray:
@@ -63,7 +68,7 @@ class Cached(NamedTuple):
     images: np.ndarray | None = None  # (images, views, ...)
     start: int = 0
     texts: np.ndarray | None = None
-    lines: np.ndarray | None = None  # what is written on the images
+    readings: np.ndarray | None = None  # what is written on the images
 
 
 NOTHING = Cached()
@@ -75,9 +80,7 @@ def embed_cached(model: CLIP, cached: Cached) -> np.ndarray:
     parts = []
     for first in range(0, len(cached.images), 100):
         views = torch.from_numpy(cached.images[first : first + 100].copy()).to(model.device)
-        read = None
-        if cached.lines is not None:
-            read = torch.from_numpy(cached.lines[first : first + 100]).to(model.device)
+        read = batch_of(cached.readings, first, model.device)
         made = [model.encode_image(opened(view), cached.start, read) for view in views.unbind(1)]
         parts.append(mean_embedding(made))
     return np.concatenate(parts)

@@ -16,7 +16,7 @@ from captions import Tokenizer, WordPieces
 from cli import Parser, UserError, atomic_write, run, warn
 from dataset import Dataset, Split, add_data_flags, load_dataset
 from embedding import NOTHING, Cached, embed_cached, embed_images, embed_texts
-from features import line_features
+from features import reading_features
 from generalisation import (
     distance_matrix,
     generalisation_table,
@@ -66,7 +66,7 @@ def evaluate_split(
     if cached.start:
         images = embed_cached(model, cached)
     else:
-        images = embed_images(model, dataset.pixels, split.images, image_size, cached.lines)
+        images = embed_images(model, dataset.pixels, split.images, image_size, cached.readings)
     if cached.texts is not None:
         with torch.inference_mode():
             parts = torch.from_numpy(cached.texts.copy()).to(model.device).split(1000)
@@ -253,8 +253,8 @@ def main(argv: list[str]) -> None:
             about = {**protocol_of(dataset, split), "checkpoint": str(trained.path)}
             write_json(options.json, {**figures, "protocol": about})
         return
-    size, lines = trained.transform["image_size"], lines_for(trained, dataset, options)
-    cached = Cached(lines=None if lines is None else lines[split.images])
+    size, readings = trained.transform["image_size"], readings_for(trained, dataset, options)
+    cached = Cached(readings=None if readings is None else readings[split.images])
     embedded = evaluate_split(trained.model, trained.tokenizer, dataset, split, size, cached)
     if trained.tokenizer.cut:
         print(
@@ -291,24 +291,24 @@ def all_films(dataset: Dataset) -> tuple[Split, np.ndarray]:
     return split, dataset.labels[rows]
 
 
-def lines_for(trained: Loaded, dataset: Dataset, options: Any) -> np.ndarray | None:
+def readings_for(trained: Loaded, dataset: Dataset, options: Any) -> np.ndarray | None:
     """What is written on every picture, for a model that was trained to read it."""
     if trained.model.poster_text is None:
         return None
     config = trained.content["config"]
     given = trained.model, trained.tokenizer, dataset, config, options.cache, options.workers
-    return line_features(*given)
+    return reading_features(*given)
 
 
 def evaluate_films(trained: Loaded, dataset: Dataset, options: Any) -> dict[str, Any]:
     """The generalisation table over all films: its figures, and prints it."""
     split, labels = all_films(dataset)
-    size, lines = trained.transform["image_size"], lines_for(trained, dataset, options)
-    cached = Cached(lines=None if lines is None else lines[split.images])
+    size, readings = trained.transform["image_size"], readings_for(trained, dataset, options)
+    cached = Cached(readings=None if readings is None else readings[split.images])
     made = evaluate_split(trained.model, trained.tokenizer, dataset, split, size, cached)
     images, texts = made.image_embeddings, made.text_embeddings
     figures = generalise(images, texts, labels)
-    if lines is not None:
+    if readings is not None:
         held = np.flatnonzero(labels == "test")
         rows = split.images[held]
         paths, digests = [dataset.paths[i] for i in rows], [dataset.digests[i] for i in rows]

@@ -20,7 +20,7 @@ from cli import UserError
 from dataset import Dataset
 from images import DECODER, augment, cached_folder, check_space, resize, write_header
 from models import CLIP
-from ocr import LINE_FACTS, LINES, facts, read_words, spaced
+from ocr import READINGS, read_words
 
 FEATURES = "1"  # part of every key: raise it when the same weights would give other features
 
@@ -168,7 +168,7 @@ def text_features(
     return np.load(folder / "features.npy", mmap_mode="r")
 
 
-def line_features(
+def reading_features(
     model: CLIP,
     tokenizer: Tokenizer | WordPieces,
     dataset: Dataset,
@@ -176,31 +176,30 @@ def line_features(
     cache: Path,
     workers: int,
 ) -> np.ndarray:
-    """What is written on every picture: float16 (len(dataset.names), LINES, width + LINE_FACTS).
+    """What is written on every picture: float16 (len(dataset.names), readings, text width).
 
-    The text tower's features of a line, then `facts` about it; all 0 where there is no line.
+    The text tower's features of each of ocr.READINGS, 0 where it is empty.
     """
     if not dataset.paths:
         raise UserError(f"--poster-text reads picture files, and {dataset.path} has none")
     good = [row for row, digest in enumerate(dataset.digests) if digest]
     paths, digests = [dataset.paths[i] for i in good], [dataset.digests[i] for i in good]
     read = read_words(paths, digests, cache, workers)
-    chosen = [
-        (row, k, line)
+    texts = {
+        (row, place): text
         for row, lines in zip(good, read, strict=True)
-        for k, line in enumerate(lines[:LINES])
-    ]
-    made = np.zeros((len(dataset.names), LINES, model.text_width + LINE_FACTS), np.float16)
-    if chosen:
+        for place, reading in enumerate(READINGS)
+        if (text := reading(lines).strip())
+    }
+    made = np.zeros((len(dataset.names), len(READINGS), model.text_width), np.float16)
+    if texts:
         cut = tokenizer.cut
-        tokens = tokenizer([spaced(line.text) for _, _, line in chosen])
-        tokenizer.cut = cut  # counts captions
-        features = text_features(model, tokens, config, cache, "poster")
-        tallest = {row: lines[0].height for row, lines in zip(good, read, strict=True) if lines}
-        for (row, k, line), feature in zip(chosen, features, strict=True):
-            made[row, k] = [*feature, *facts(line, tallest[row])]
-    there = sum(map(bool, read))
-    print(f"words: {len(chosen):,} lines on {there:,} of {len(read):,} pictures")
+        tokens = tokenizer(list(texts.values()))
+        tokenizer.cut = cut  # which counts captions
+        rows, places = np.array(list(texts)).T
+        made[rows, places] = text_features(model, tokens, config, cache, "poster")
+    lines, pictures = sum(map(len, read)), sum(map(bool, read))
+    print(f"words: {lines:,} lines on {pictures:,} of {len(read):,} pictures")
     return made
 
 

@@ -48,7 +48,7 @@ def info_nce(
             others = alike.masked_fill(same, 0.0)
             total = others.sum(axis)
             mean = (others * logits).sum(axis) / total.clamp(min=1e-12)
-            wrong = wrong.lerp(every - mean, soft_share * (total > 0))
+            wrong = wrong.lerp(every - mean, soft_share * (total > 0).to(wrong.dtype))
         loss = loss + wrong.mean() / 2
     return loss
 

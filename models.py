@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from captions import Tokenizer, WordPieces
 from cli import UserError, atomic_write
 from images import AUGMENTATIONS
-from ocr import LINE_FACTS
+from ocr import READINGS
 from towers import (
     IMAGE_TOWERS,
     NOT_A_CHECKPOINT,
@@ -91,33 +91,34 @@ HEADS: dict[str, type[nn.Module]] = {
 
 
 class PosterText(nn.Module):
-    """What is written on a picture: its lines, weighed by their size and place.
+    """What is written on a picture, added to what it shows.
 
-    Only the weighing learns, six numbers that cannot learn a poster by heart; each line goes
-    through the text tower and its projection as any text does.
+    Each reading of its words (ocr.READINGS) goes through the text tower and its projection as any
+    text does; only how much each counts is learned, from its place among the readings and from its
+    features: few numbers, that cannot learn a poster by heart.
     """
 
-    def __init__(self):
+    def __init__(self, width: int):
         super().__init__()
-        self.weigh = nn.Linear(LINE_FACTS, 1, bias=False)
+        self.weigh = nn.Linear(width, 1, bias=False)
         nn.init.zeros_(self.weigh.weight)
-        self.share = nn.Parameter(torch.tensor(0.0))  # of the words against the picture, in logits
+        self.place = nn.Parameter(torch.zeros(len(READINGS)))
+        self.share = nn.Parameter(torch.tensor(1.0))  # of the words; a logit
 
     def forward(
-        self, picture: torch.Tensor, lines: torch.Tensor, project: nn.Module
+        self, picture: torch.Tensor, readings: torch.Tensor, project: nn.Module
     ) -> torch.Tensor:
-        """picture (B, D), unit length; lines (B, L, width + LINE_FACTS), 0 where none -> (B, D)."""
-        features, facts = lines[..., :-LINE_FACTS], lines[..., -LINE_FACTS:]
-        there = facts.any(2)
+        """picture (B, D), unit length; readings (B, R, width), 0 where none -> (B, D)."""
+        there = readings.any(2)
         made = picture.new_zeros(*there.shape, picture.shape[1])
         was_training = project.training
         project.eval()  # neither dropout nor statistics of texts that are no captions
-        made[there] = F.normalize(project(features[there]), dim=-1)
+        made[there] = F.normalize(project(readings[there]), dim=-1)
         project.train(was_training)
-        weights = self.weigh(facts)[..., 0].masked_fill(~there, -1e9).softmax(1)[..., None]
+        scores = self.weigh(readings)[..., 0] + self.place
+        weights = scores.masked_fill(~there, -1e9).softmax(1)[..., None]
         words = F.normalize((weights * made).sum(1), dim=-1)
-        share = self.share.sigmoid()
-        return (1 - share) * picture + share * words
+        return picture.lerp(words, self.share.sigmoid())
 
 
 # ------------------------------------------------------------------------------ the two of them
@@ -139,7 +140,7 @@ class CLIP(nn.Module):
         heads = HEADS[config["head"]], HEADS[config["text_head"]]
         self.image_projection = heads[0](images.width, embed_dim, config["image_dropout"])
         self.text_projection = heads[1](texts.width, embed_dim, config["text_dropout"])
-        self.poster_text = PosterText() if config["poster_text"] else None
+        self.poster_text = PosterText(texts.width) if config["poster_text"] else None
         # The logarithm of 1 / temperature, as in CLIP; `scale()` is the factor itself.
         self.logit_scale = nn.Parameter(
             torch.tensor(math.log(1 / config["temperature"])), not config["fixed_temperature"]
@@ -200,12 +201,12 @@ class CLIP(nn.Module):
         return (images - self.pixel_mean) / self.pixel_std
 
     def encode_image(
-        self, images: torch.Tensor, start: int = 0, lines: torch.Tensor | None = None
+        self, images: torch.Tensor, start: int = 0, readings: torch.Tensor | None = None
     ) -> torch.Tensor:
         """images (B, 3, H, W) in [0, 1] -> unit-length embeddings (B, embed_dim), float32.
 
-        With `start`, `images` is the input of that block, as features.py keeps it; `lines` are
-        what is written on the images, for a model that reads.
+        With `start`, `images` is the input of that block, as features.py keeps it; `readings`
+        are of the words on the images, for a model that reads.
         """
         with self.lower_precision():
             if start:
@@ -215,9 +216,9 @@ class CLIP(nn.Module):
             else:
                 features = self.image_tower(self.normalised(images))
         made = F.normalize(self.image_projection(features.float()), dim=-1)
-        if self.poster_text is None or lines is None:
+        if self.poster_text is None or readings is None:
             return made
-        made = self.poster_text(made, lines.float(), self.text_projection)
+        made = self.poster_text(made, readings.float(), self.text_projection)
         return F.normalize(made, dim=-1)
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -245,9 +246,9 @@ class CLIP(nn.Module):
         images: torch.Tensor,
         tokens: torch.Tensor,
         start: int = 0,
-        lines: torch.Tensor | None = None,
+        readings: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.encode_image(images, start, lines), self.encode_text(tokens), self.scale()
+        return self.encode_image(images, start, readings), self.encode_text(tokens), self.scale()
 
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}

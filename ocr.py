@@ -4,11 +4,13 @@ train.py --poster-text and evaluate.py ask `read_words` for the lines on the pos
 features.py embeds them with the text tower, models.py fuses them with the picture.
 """
 
+import importlib
 import importlib.util
 import json
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache as once
 from importlib.metadata import version
@@ -23,8 +25,6 @@ from tqdm import tqdm
 from cli import UserError
 from images import to_rgb
 
-LINES = 8  # of a picture that are embedded: the tallest
-LINE_FACTS = 5  # numbers beside a line's features, see `facts`
 READER = "1"  # part of the cache's name: raise it when `read_picture` gives other lines
 SHORTER = 400  # pixels: small posters are enlarged to it, as the reader wants letters of 30 or so
 
@@ -76,7 +76,7 @@ def read_words(
     package is missing.
     """
     if importlib.util.find_spec("rapidocr_onnxruntime") is None:
-        raise UserError("--poster-text reads with a package: pip install rapidocr-onnxruntime")
+        raise UserError("--poster-text needs: pip install rapidocr-onnxruntime wordninja")
     file = cache / f"words-{version('rapidocr-onnxruntime')}-{READER}.jsonl"
     known = read_cache(file)
     missing = {digest: path for path, digest in zip(paths, digests, strict=True)}
@@ -114,15 +114,41 @@ def read_cache(file: Path) -> dict[str, list[Line]]:
     return known
 
 
-def facts(line: Line, tallest: float) -> tuple[float, ...]:
-    """What tells a title from small print: never all 0."""
-    left, top, right, bottom = line.box
-    return (line.height / tallest, right - left, (top + bottom) / 2, line.score, 1.0)
-
-
 def spaced(text: str) -> str:
-    """A line as it is embedded."""
-    return text
+    """A line with its words apart: readers of small print join them, DEADMENDONTWEARPLAID."""
+    return re.sub(r"[A-Za-z']{5,}", lambda found: " ".join(wordninja().split(found[0])), text)
+
+
+@once
+def wordninja() -> Any:
+    """The package that knows where one English word ends and the next begins."""
+    try:
+        return importlib.import_module("wordninja")
+    except ImportError as error:
+        raise UserError("--poster-text needs: pip install wordninja") from error
+
+
+def in_order(lines: Sequence[Line]) -> str:
+    """Lines as they are read: from the top, then from the left."""
+    ordered = sorted(lines, key=lambda line: (round(sum(line.box[1::2]) / 0.06), line.box[0]))
+    return spaced(" ".join(line.text for line in ordered))
+
+
+def title_of(lines: Sequence[Line]) -> str:
+    """The lines about as tall as the tallest: most often the title."""
+    sure = [line for line in lines if line.score > 0.7]
+    return in_order([line for line in sure if line.height >= 0.6 * sure[0].height])
+
+
+# What is embedded of a poster, each by itself: how the tallest lines come to be a text.
+READINGS: tuple[Callable[[Sequence[Line]], str], ...] = (
+    title_of,
+    lambda lines: in_order([line for line in lines if line.score > 0.8]),
+    *(
+        lambda lines, place=place: spaced("".join(x.text for x in lines[place : place + 1]))
+        for place in range(6)
+    ),
+)
 
 
 def hide_words(pixels: np.ndarray, lines: Sequence[Line]) -> np.ndarray:

@@ -29,7 +29,7 @@ from cli import UserError, atomic_write, run, warn
 from dataset import Batch, Dataset, Feed, Split, limited, load_dataset
 from embedding import NOTHING, Cached
 from evaluate import contrastive_loss, evaluate_split
-from features import image_features, line_features, opened, text_features, window
+from features import image_features, opened, reading_features, text_features, window
 from flags import MAY_CHANGE, build_parser, resolve
 from generalisation import genre_likeness
 from images import augment
@@ -76,8 +76,8 @@ def train_epoch(
             images = augment(images, config["image_size"], config["image_augment"], shuffler)
         repeats = len(batch.texts) // len(images)
         ids = torch.arange(len(images), device=device).repeat_interleave(repeats)
-        lines = None if batch.lines is None else batch.lines.to(device)
-        images, texts, scale = model(images, batch.texts.to(device), trainer.start, lines)
+        readings = None if batch.readings is None else batch.readings.to(device)
+        images, texts, scale = model(images, batch.texts.to(device), trainer.start, readings)
         alike = trainer.alike
         if alike is not None:
             chosen = batch.positions.repeat_interleave(repeats)
@@ -169,7 +169,7 @@ class Run:
     tokenizer: Tokenizer | WordPieces
     model: CLIP
     rewriter: Rewriter | None
-    lines: np.ndarray | None  # what is written on every image of the dataset
+    readings: np.ndarray | None  # what is written on every image of the dataset
     since: float  # the clock when the run began, or when its last epoch ended
     history: list[dict[str, float]] = field(default_factory=list)
     trainer: Trainer | None = None
@@ -211,10 +211,10 @@ class Run:
                 for given, name in ((tokens, "train"), (dev_tokens, "dev"))
             )
             self.cached = self.cached._replace(texts=dev_texts)
-        lines = None
-        if self.lines is not None:
-            lines = self.lines[self.split.images]
-            self.cached = self.cached._replace(lines=self.lines[self.dev.images])
+        readings = None
+        if self.readings is not None:
+            readings = self.readings[self.split.images]
+            self.cached = self.cached._replace(readings=self.readings[self.dev.images])
         self.feed = Feed(
             images,
             rows,
@@ -223,7 +223,7 @@ class Run:
             config["batch_size"],
             config["captions_per_image"],
             config["seed"],
-            lines,
+            readings,
         )
         alike = None
         if config["soft_positives"] == "genres":
@@ -248,7 +248,7 @@ class Run:
         whole, count = self.split, min(len(self.dev.images), len(self.split.images))
         split = limited(whole, count, 0) if count < len(whole.images) else whole
         chosen = np.searchsorted(whole.images, split.images)
-        cached = Cached(lines=None if self.lines is None else self.lines[split.images])
+        cached = Cached(readings=None if self.readings is None else self.readings[split.images])
         if self.cached.start:
             views = images[rows[chosen]][:, : 1 + self.config["test_mirror"]]
             cached = cached._replace(images=views, start=self.cached.start)
@@ -382,14 +382,14 @@ def prepare(
     rates = parse_rates(config["text_augment"])
     rewriter = Rewriter(split.captions, split.caption_image, rates) if any(rates.values()) else None
     history = content["history"] if content else []
-    lines = None
+    readings = None
     if config["poster_text"]:
-        lines = line_features(model, tokenizer, dataset, config, cache, config["workers"])
+        readings = reading_features(model, tokenizer, dataset, config, cache, config["workers"])
     if config["soft_positives"] == "genres" and not any(film.genres for film in dataset.films):
         raise UserError(f"--soft-positives genres: {dataset.path} has no genres")
     run = Run(
         *(out, cache, config, dataset, split, dataset.split("dev"), tokenizer, model, rewriter),
-        *(lines, since, history),
+        *(readings, since, history),
     )
     run.begin(next(p for p in phases_of(config) if len(history) < p.last))
     torch.manual_seed(config["seed"])  # dropout draws from torch's own generator

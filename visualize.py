@@ -272,8 +272,8 @@ def main(argv: list[str]) -> None:
         split, size = dataset.split(options.split), transform["image_size"]
         films = [dataset.films[row] for row in split.images] if dataset.films else []
         names = [plain_title(film.title) for film in films]
-        lines = evaluate.lines_for(trained, dataset, options)
-        cached = Cached(lines=None if lines is None else lines[split.images])
+        readings = evaluate.readings_for(trained, dataset, options)
+        cached = Cached(readings=None if readings is None else readings[split.images])
         footer = origin(trained, dataset, split)
         name, draw = "grid_text_to_image.png", lambda i: dataset.picture(int(split.images[i]))
         if not queries:
@@ -283,7 +283,7 @@ def main(argv: list[str]) -> None:
             if films:
                 draw_films(out, made, films, history, footer)
             return draw_pairs(options, made, draw, footer, names)
-        pool = embed_images(model, dataset.pixels, split.images, size, cached.lines)
+        pool = embed_images(model, dataset.pixels, split.images, size, cached.readings)
     k = clamped("top-k", options.top_k, len(pool))
     found = [find(text, pool, k) for text in embed_texts(model, tokenizer, queries)]
     rows = [([(q, INK)], cells_of(f, draw, names)) for q, f in zip(queries, found, strict=True)]

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 from conftest import FILMS, TINY, film, write_posters
 from PIL import Image
+from test_towers import write_bert
 
 import charts
 import evaluate
@@ -259,6 +262,28 @@ def test_visualize_draws_films(trained, tmp_path, capsys):
     recalls = {"Drama": {"films": 12, "dim0": 10.0, "dim1": 20.0}}
     charts.draw_genres(tmp_path / "genres.png", recalls, "")
     assert Image.open(tmp_path / "genres.png").size[0] > 500
+
+
+@pytest.mark.parametrize("name", ["vit_b_16", "resnet50"])
+def test_the_originals_towers_from_files_of_their_format(name, tmp_path, capsys):
+    """ViT and BERT with random weights: the path of the original's, frozen and cached."""
+    pytest.importorskip("transformers")
+    data, file = write_posters(tmp_path / "films", 24), tmp_path / "image.pth"
+    torch.save(torchvision.models.get_model(name, weights=None).state_dict(), file)
+    words = [*TINY, "--recipe", "posters", "--image-tower", name, "--image-weights", file]
+    words += ["--text-tower", "bert", "--text-weights", write_bert(tmp_path / "bert")]
+    words += ["--temperature", 0.368, "--epochs", 1, "--max-tokens", 24, "--data", data]
+    words += ["--cache", tmp_path / "cache", "--out", tmp_path / "run"]
+    assert train.main([str(word) for word in words]) == 0
+    told = capsys.readouterr().out
+    assert "captions cut to 24 tokens" in told
+    content = torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    config = content["config"]
+    assert config["train_image"] == config["train_text"] == "0"
+    assert len(list((tmp_path / "cache").glob("images-*"))) == 2  # train and dev
+    file.unlink()  # a checkpoint needs no other file
+    evaluate.main([str(w) for w in [tmp_path / "run/best.pt", "--cache", tmp_path / "cache"]])
+    assert "films not in training" in capsys.readouterr().out
 
 
 def test_soft_positives_need_genres(photo_data, films, tmp_path):

@@ -187,6 +187,26 @@ def test_hinges_never_punish_a_positive():
     assert triplet(same, same).item() > 0
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_soft_positives_against_a_loop(share):
+    """Cross-entropy with a target that is (1 - share) on the pair, share on what is alike."""
+    images, texts, count = unit(7), unit(7, seed=1), 7
+    alike = torch.rand(7, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    alike = (alike + alike.T) / 2
+    alike[3] = alike[:, 3] = 0.0  # like no other: all of its target is its own
+    logits, total = 9.0 * (images @ texts.T), 0.0
+    for table in (logits, logits.T):
+        for i in range(count):
+            others = [0.0 if i == j else alike[i, j].item() for j in range(count)]
+            soft = share if sum(others) else 0.0
+            target = [soft * other / (sum(others) or 1) for other in others]
+            target[i] = 1 - soft
+            norm = math.log(sum(math.exp(x) for x in table[i].tolist()))
+            total += sum(t * (norm - x) for t, x in zip(target, table[i].tolist(), strict=True))
+    made = info_nce(images, texts, 9.0, None, 0.0, alike, share)
+    assert made.item() == pytest.approx(total / (2 * count), 1e-9)
+
+
 def test_sums_of_losses():
     images, texts, ids = unit(8), unit(8, seed=1), torch.arange(8)
     scale, bias = torch.tensor(7.0), torch.tensor(-2.0)
