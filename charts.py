@@ -208,18 +208,19 @@ def draw_confusion(path: Path, result: ZeroShot, footer: str) -> None:
 
 
 def draw_ablations(rows: list[dict[str, str]], path: Path) -> None:
-    """Quality against minutes: a dot for each row of an ablation table, in the table's order."""
+    """Quality against minutes: a numbered dot for each row of an ablation table, in its order."""
     title = "Recall on dev against minutes of training on 2 cores"
     footer = "mean of the six recalls (R@1, 5, 10 in both directions)"
-    with canvas(path, 9, 6, title, footer) as (figure, _):
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    with canvas(path, 11, max(5.5, 0.19 * len(rows)), title, footer) as (figure, _):
         axes = figure.subplots()
-        for hue, group in enumerate(dict.fromkeys(row["group"] for row in rows)):
-            chosen = [row for row in rows if row["group"] == group]
-            x = [float(row["minutes"]) for row in chosen]
-            y = [float(row["mean_recall"]) for row in chosen]
-            axes.plot(x, y, "o", color=PALETTE[hue % len(PALETTE)], label=group)
-            for row, *place in zip(chosen, x, y, strict=True):
-                axes.annotate(row["row"], place, (5, 3), textcoords="offset points", size=8)
+        for number, row in enumerate(rows, 1):
+            place = float(row["minutes"]), float(row["mean_recall"])
+            hue = PALETTE[groups.index(row["group"]) % len(PALETTE)]
+            label = f"{number} {row['row']} ({row['group']}): {place[1]:.1f}"
+            axes.plot(*place, "o", color=hue, label=label)
+            shift = (5, 3) if number % 2 else (5, -9)
+            axes.annotate(str(number), place, shift, textcoords="offset points", size=8, color=hue)
         axes.set(xlabel="minutes, features included", ylabel="mean recall (%)", xscale="log")
         axes.set_xticks((1, 2, 3, 4, 5, 7, 10, 15, 20, 30, 45, 60), minor=False)
         axes.minorticks_off()
@@ -227,7 +228,7 @@ def draw_ablations(rows: list[dict[str, str]], path: Path) -> None:
         span = [float(row["minutes"]) for row in rows]
         axes.set_xlim(0.8 * min(span), 1.4 * max(span))
         axes.grid(True)
-        axes.legend(loc="center left")
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
 
 
 def read_ablations(path: Path) -> list[dict[str, str]]:

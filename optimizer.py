@@ -73,13 +73,11 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-def learning_rate(
-    step: int, steps: int, warmup: int, peak: float, schedule: str = "cosine"
-) -> float:
-    """Linear warm-up over `warmup` steps, then the schedule over the rest."""
+def learning_rate(step: int, steps: int, warmup: int, schedule: str = "cosine") -> float:
+    """The share of the peak rate: linear warm-up over `warmup` steps, then the schedule."""
     if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * SCHEDULES[schedule]((step - warmup) / max(1, steps - warmup))
+        return (step + 1) / warmup
+    return SCHEDULES[schedule]((step - warmup) / max(1, steps - warmup))
 
 
 def plateau_factor(scores: list[float], wait: int = 2) -> float:
@@ -153,7 +151,7 @@ class Trainer:
         """Sets every group's learning rate for a step of the phase; returns the largest."""
         steps = (self.phase.last - self.phase.first + 1) * self.steps
         warmup = round(self.config["warmup"] * self.steps)
-        share = factor * learning_rate(step, steps, warmup, 1.0, self.config["schedule"])
+        share = factor * learning_rate(step, steps, warmup, self.config["schedule"])
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * share
         return max(group["lr"] for group in self.optimizer.param_groups)

@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 
-import captions
 from captions import Rewriter, Tokenizer, mine_synonyms, parse_rates
 from cli import UserError
 from dataset import load_dataset
@@ -109,4 +108,3 @@ def test_real_captions_still_read_as_english(flickr8k, tmp_path):
             new = pair not in set(itertools.pairwise(Rewriter.bounded(caption)))
             assert not new or rewriter.pairs[pair] >= Rewriter.LEAST
     assert changed > 200  # of 600
-    assert captions.PAD == 0

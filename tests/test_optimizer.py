@@ -15,7 +15,7 @@ from optimizer import SCHEDULES, Average, learning_rate, phases_of, plateau_fact
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_begin_at_the_peak_and_never_rise(schedule):
-    rates = [learning_rate(step, 100, 10, 2.0, schedule) for step in range(100)]
+    rates = [2 * learning_rate(step, 100, 10, schedule) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert rates[10] == pytest.approx(2.0)
     assert all(0 < b <= a for a, b in pairwise(rates[10:]))

@@ -11,7 +11,7 @@ import torchvision
 from test_models import build, config, pictures
 
 import towers
-from captions import PAD, Tokenizer, WordPieces
+from captions import PAD, WordPieces
 from cli import UserError
 from models import build_model, image_transform, make_tokenizer
 
@@ -340,7 +340,3 @@ def test_weights_that_cannot_be_had(monkeypatch):
     )
     with pytest.raises(UserError, match="efficientnet_lite0, 1 and 2 come by pip"):
         build(image_weights="imagenet")
-
-
-def test_special_words_of_the_plain_tokenizer():
-    assert Tokenizer.PAD == PAD == 0

@@ -519,12 +519,12 @@ def test_a_bert_of_the_users_own(photo_data: Path, tmp_path: Path):
 
 
 def test_learning_rate_against_the_closed_form():
-    rates = [optimizer.learning_rate(step, 100, 10, 2.0) for step in range(100)]
+    rates = [2 * optimizer.learning_rate(step, 100, 10) for step in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     expected = 1 + np.cos(np.pi * np.arange(90) / 90)
     assert rates[10:] == pytest.approx(expected.tolist())
-    assert optimizer.learning_rate(0, 5, 0, 1.0) == 1.0
-    assert all(0 < optimizer.learning_rate(step, 3, 300, 1.0) <= 1 for step in range(3))
+    assert optimizer.learning_rate(0, 5, 0) == 1.0
+    assert all(0 < optimizer.learning_rate(step, 3, 300) <= 1 for step in range(3))
 
 
 def test_no_decay_on_norms_biases_and_scale(photo_data: Path, tmp_path: Path):
