@@ -16,7 +16,7 @@ from captions import Tokenizer, WordPieces
 from cli import Parser, UserError, atomic_write, run, warn
 from dataset import Dataset, Split, add_data_flags, load_dataset
 from embedding import NOTHING, Cached, embed_cached, embed_images, embed_texts
-from features import reading_features
+from features import image_features, reading_features
 from generalisation import (
     distance_matrix,
     generalisation_table,
@@ -301,10 +301,20 @@ def readings_for(trained: Loaded, dataset: Dataset, options: Any) -> np.ndarray 
 
 
 def evaluate_films(trained: Loaded, dataset: Dataset, options: Any) -> dict[str, Any]:
-    """The generalisation table over all films: its figures, and prints it."""
+    """The generalisation table over all films: its figures, and prints it.
+
+    The features of a frozen image tower are kept: the next model on the same one is quick.
+    """
     split, labels = all_films(dataset)
-    size, readings = trained.transform["image_size"], readings_for(trained, dataset, options)
+    model, size = trained.model, trained.transform["image_size"]
+    config = {**trained.content["config"], "precision": "fp32"}
+    readings = readings_for(trained, dataset, options)
     cached = Cached(readings=None if readings is None else readings[split.images])
+    if config["train_image"] == "0":
+        start, views = len(model.image_blocks), 1 + model.mirror
+        given = (split.images, [start], views, config, options.cache, "film")
+        kept = image_features(model, dataset, *given)[start]
+        cached = cached._replace(images=kept, start=start)
     made = evaluate_split(trained.model, trained.tokenizer, dataset, split, size, cached)
     images, texts = made.image_embeddings, made.text_embeddings
     figures = generalise(images, texts, labels)

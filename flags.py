@@ -84,6 +84,16 @@ RECIPES: dict[str, dict[str, Any]] = {
         "patience": 10,
     },
 }
+# The same with the words on the posters, in the space of MiniLM's own sentence embeddings.
+RECIPES["posters-best"] = {
+    **RECIPES["posters"],
+    "poster_text": True,
+    "text_head": "identity",
+    "embed_dim": 384,
+    "lr": 3e-4,
+    "fixed_temperature": True,
+    "epochs": 12,
+}
 MAY_CHANGE = ("workers", "device", "epochs", "resume", "cache", "out")  # when a run is resumed
 
 
