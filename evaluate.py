@@ -270,16 +270,21 @@ def main(argv: list[str]) -> None:
     if options.json:
         write_json(options.json, {**embedded.metrics, "intervals": intervals, "protocol": protocol})
     if options.save_embeddings:
-        with atomic_write(options.save_embeddings) as temporary, temporary.open("wb") as file:
-            np.savez(
-                file,
-                image_embeddings=embedded.image_embeddings,
-                text_embeddings=embedded.text_embeddings,
-                image_names=np.array([dataset.names[i] for i in split.images]),
-                captions=np.array(split.captions),
-                caption_image=split.caption_image,
-            )
-        print(f"wrote {options.save_embeddings}")
+        save_embeddings(options.save_embeddings, embedded, dataset)
+
+
+def save_embeddings(file: Path, made: Embedded, dataset: Dataset) -> None:
+    """Writes plain arrays that np.load reads without pickle."""
+    with atomic_write(file) as temporary, temporary.open("wb") as opened_file:
+        np.savez(
+            opened_file,
+            image_embeddings=made.image_embeddings,
+            text_embeddings=made.text_embeddings,
+            image_names=np.array([dataset.names[i] for i in made.split.images]),
+            captions=np.array(made.split.captions),
+            caption_image=made.split.caption_image,
+        )
+    print(f"wrote {file}")
 
 
 def all_films(dataset: Dataset) -> tuple[Split, np.ndarray]:
@@ -328,6 +333,8 @@ def evaluate_films(trained: Loaded, dataset: Dataset, options: Any) -> dict[str,
         images = embed_images(trained.model, hidden, np.arange(len(hidden)), size)
         figures |= masked_figures(images, texts[held])
     print(generalisation_table(figures))
+    if options.save_embeddings:
+        save_embeddings(options.save_embeddings, made, dataset)
     distances = distance_matrix(made.image_embeddings, texts)
     return figures | told_distances(distances, options.distance_matrix)
 

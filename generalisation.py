@@ -119,9 +119,14 @@ def generalisation_table(figures: dict[str, Any]) -> str:
             more = f"{cells['r5']:6.1f}{cells['r10']:6.1f}{cells['medr']:7.1f}"
             lines.append(f"{head:38}  {dim:5}{shown:<22}{more}")
     for row in figures["by_candidates"]:
-        cells = (f"{dim} {row[dim]:.2f}% (sd {row[dim + '_sd']:.2f})" for dim in DIRECTIONS)
+        spread = row["draws"] > 1
+        cells = (
+            f"{dim} {row[dim]:.2f}%" + (f" (sd {row[dim + '_sd']:.2f})" if spread else "")
+            for dim in DIRECTIONS
+        )
+        drawn = f"mean of {row['draws']} draws" if spread else "all of them"
         lines.append(
-            f"films not in training, among {row['candidates']:,} ({row['draws']} draws, chance "
+            f"films not in training, among {row['candidates']:,} ({drawn}, chance "
             f"{row['chance']:.2f}%): {', '.join(cells)}"
         )
     if "heldout_masked_dim0" in figures:

@@ -54,6 +54,8 @@ def embed_pictures(
         warn(f"{len(failed):,} of {len(paths):,} pictures cannot be read ({'; '.join(failed[:3])})")
     if not kept:
         raise UserError("not one of the pictures can be read")
+    if model.poster_text is not None:
+        warn("this model reads the words on pictures of its data; those on these are not read")
     rows = np.arange(len(kept))
     return embed_images(model, np.stack(pixels), rows, transform["image_size"]), kept
 

@@ -231,6 +231,7 @@ def test_evaluate_prints_and_writes_the_table(trained, tmp_path, capsys):
     data, run, cache = trained
     words = [run / "best.pt", "--data", data, "--cache", cache, "--workers", 0]
     words += ["--json", tmp_path / "x.json", "--distance-matrix", tmp_path / "d.npy"]
+    words += ["--save-embeddings", tmp_path / "e.npz"]
     evaluate.main([str(word) for word in words])
     told = capsys.readouterr()
     assert "films not in training" in told.out and f"wrote {tmp_path / 'd.npy'}" in told.out
@@ -248,6 +249,10 @@ def test_evaluate_prints_and_writes_the_table(trained, tmp_path, capsys):
         for axis in (0, 1):
             wanted = 100 * np.mean(part.argmin(axis) == np.arange(len(part)))
             assert figures[f"{name}_dim{axis}"] == pytest.approx(wanted)
+    saved = np.load(tmp_path / "e.npz")
+    np.testing.assert_allclose(
+        distances, -saved["image_embeddings"] @ saved["text_embeddings"].T, atol=1e-6
+    )
     own = distances.diagonal().mean()
     assert figures["distance_diagonal"] == pytest.approx(own, abs=1e-6)
     assert f"mean {own:.4f} on the diagonal" in told.out
