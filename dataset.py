@@ -95,21 +95,22 @@ def find_twins(
 ) -> tuple[list[str], list[str]]:
     """Films with the introduction or the poster of another film: (all, test ones also trained on).
 
-    The label of the latter becomes "", in place: they are in no split.
+    The label of the latter becomes "", in place, on all their rows: they are in no split. Dev films
+    count as training films, as the best epoch is chosen on them.
     """
     holders = defaultdict(dict)  # what two films can share -> {image: label}
     shared = [(" ".join(row.caption.casefold().split()), digests[row.image]) for row in rows]
     for row, label, keys in zip(rows, labels, shared, strict=True):
         for key in keys:
             holders[key][row.image] = label
-    twins, leaked = [], []
-    for place, (row, keys) in enumerate(zip(rows, shared, strict=True)):
+    twins, leaked = {}, {}  # their keys, in order: each film once
+    for row, label, keys in zip(rows, labels, shared, strict=True):
         if any(len(holders[key]) > 1 for key in keys):
-            twins.append(row.image)
-        if labels[place] == "test" and any("train" in holders[key].values() for key in keys):
-            leaked.append(row.image)
-            labels[place] = ""
-    return twins, leaked
+            twins[row.image] = None
+        if label == "test" and any({"train", "dev"} & {*holders[key].values()} for key in keys):
+            leaked[row.image] = None
+    labels[:] = ["" if row.image in leaked else x for row, x in zip(rows, labels, strict=True)]
+    return list(twins), list(leaked)
 
 
 # -------------------------------------------------------------------------------- dataset
@@ -171,6 +172,8 @@ class Dataset:
             self.captions, self.caption_image, self.labels, strict=True
         ):
             hashed.update(f"{image}|{label}|{caption}\n".encode("utf-8", "surrogatepass"))
+        for film in self.films:
+            hashed.update(f"{film.genres}\n".encode("utf-8", "surrogatepass"))
         return hashed.hexdigest()[:16]
 
     def summary(self) -> str:
@@ -248,10 +251,11 @@ def load_dataset(
     if len(good) < 3:
         raise UserError(f"{folder} has {len(good)} readable images with captions; 3 are needed")
     kept = set(good)
+    films = {row.image: row for row in rows} if layout.startswith("posters") else {}
     rows = [row for row in rows if row.image in kept]
     labels, way, told = choose_splits(splits, rows, good, folder)
     skipped["titles in introductions"] = hidden
-    if any(row.title for row in rows):
+    if films:
         twins, leaked = find_twins(rows, labels, dict(zip(names, decoded.digests, strict=True)))
         skipped["test films with the introduction or poster of a training film"] = leaked
         if twins:
@@ -259,14 +263,13 @@ def load_dataset(
     for line in told:
         warn(line)
     row_of = {name: row for row, name in enumerate(names)}
-    films = {row.image: row for row in rows}
     torn = way == "given" and any("by caption" in line for line in told)
     return Dataset(
         str(folder), layout, way, names, [files[name] for name in names], decoded.pixels,
         [digest or "" for digest in decoded.digests], [row.caption for row in rows],
         np.array([row_of[row.image] for row in rows]), np.array(labels),
         {reason: found for reason, found in skipped.items() if found}, told, torn,
-        [films[name] for name in names] if any(row.title for row in rows) else [],
+        [films[name] for name in names] if films else [],
     )  # fmt: skip
 
 

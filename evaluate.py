@@ -18,6 +18,7 @@ from dataset import Dataset, Split, add_data_flags, load_dataset
 from embedding import NOTHING, Cached, embed_cached, embed_images, embed_texts
 from features import image_features, reading_features
 from generalisation import (
+    GROUPS,
     distance_matrix,
     generalisation_table,
     generalise,
@@ -230,13 +231,13 @@ def main(argv: list[str]) -> None:
     group.add_argument(
         "--save-embeddings", type=Path, metavar="FILE.npz", help="plain arrays, without pickle"
     )
-    told = "D (N x N), float32: minus the cosine; rows are pictures, columns their (first) texts"
+    told = "D (N x N), float32: minus the cosine; rows are pictures by name, columns their texts"
     group.add_argument("--distance-matrix", type=Path, metavar="FILE.npy", help=told)
     options = parser.parse_args(argv)
     if options.templates and not options.zero_shot:
         raise UserError("--templates goes with --zero-shot")
-    if options.save_embeddings and options.zero_shot:
-        raise UserError("--save-embeddings goes with a split, not with --zero-shot")
+    if (options.save_embeddings or options.distance_matrix) and options.zero_shot:
+        raise UserError("--save-embeddings and --distance-matrix do not go with --zero-shot")
     trained = load_trained(options.checkpoint, options.device)
     print(f"checkpoint {trained.path}, epoch {trained.content['epoch']}")
     if options.zero_shot:
@@ -250,7 +251,9 @@ def main(argv: list[str]) -> None:
     if dataset.films and options.split == "test":
         figures = evaluate_films(trained, dataset, options)
         if options.json:
-            about = {**protocol_of(dataset, split), "checkpoint": str(trained.path)}
+            about = {**protocol_of(dataset, split), "trained_on": seen}
+            told = "rank among the group's films, one introduction a film"
+            about |= {"i2t": told, "t2i": told, "checkpoint": str(trained.path)}
             write_json(options.json, {**figures, "protocol": about})
         return
     size, readings = trained.transform["image_size"], readings_for(trained, dataset, options)
@@ -287,20 +290,30 @@ def save_embeddings(file: Path, made: Embedded, dataset: Dataset) -> None:
     print(f"wrote {file}")
 
 
-def all_films(dataset: Dataset) -> tuple[Split, np.ndarray]:
-    """Every film of a split with its first introduction, and which split it is in."""
+def all_films(trained: Loaded, dataset: Dataset) -> tuple[Split, np.ndarray]:
+    """Every film of a split with its first introduction, and what it is to the model.
+
+    "train": it was trained on; "test": a test film that was not; the rest are in neither group.
+    """
     rows = np.flatnonzero(dataset.labels != "")
     rows = rows[first_captions(dataset.caption_image[rows])]
     captions = [dataset.captions[i] for i in rows]
     split = Split("whole", dataset.caption_image[rows], captions, np.arange(len(rows)))
-    return split, dataset.labels[rows]
+    known = trained.content["train_images"]
+    seen = {*known["names"], *known["digests"]}
+    labels = [
+        "train" if {dataset.names[image], dataset.digests[image]} & seen
+        else "test" if dataset.labels[row] == "test" else "dev"
+        for row, image in zip(rows, split.images, strict=True)
+    ]  # fmt: skip
+    return split, np.array(labels)
 
 
 def readings_for(trained: Loaded, dataset: Dataset, options: Any) -> np.ndarray | None:
     """What is written on every picture, for a model that was trained to read it."""
     if trained.model.poster_text is None:
         return None
-    config = trained.content["config"]
+    config = {**trained.content["config"], "precision": "fp32"}  # a part of the cache's key
     given = trained.model, trained.tokenizer, dataset, config, options.cache, options.workers
     return reading_features(*given)
 
@@ -310,21 +323,24 @@ def evaluate_films(trained: Loaded, dataset: Dataset, options: Any) -> dict[str,
 
     The features of a frozen image tower are kept: the next model on the same one is quick.
     """
-    split, labels = all_films(dataset)
+    split, labels = all_films(trained, dataset)
     model, size = trained.model, trained.transform["image_size"]
     config = {**trained.content["config"], "precision": "fp32"}
     readings = readings_for(trained, dataset, options)
     cached = Cached(readings=None if readings is None else readings[split.images])
-    if config["train_image"] == "0":
+    if config["train_image"] == "0" and config["views"]:
         start, views = len(model.image_blocks), 1 + model.mirror
         given = (split.images, [start], views, config, options.cache, "film")
         kept = image_features(model, dataset, *given)[start]
         cached = cached._replace(images=kept, start=start)
     made = evaluate_split(trained.model, trained.tokenizer, dataset, split, size, cached)
     images, texts = made.image_embeddings, made.text_embeddings
-    figures = generalise(images, texts, labels)
-    if readings is not None:
-        held = np.flatnonzero(labels == "test")
+    figures, held = generalise(images, texts, labels), np.flatnonzero(labels == "test")
+    other = len(labels) - len(held) - int((labels == "train").sum())
+    print(f"{other:,} films (dev, or test films that were trained on) are in neither group")
+    if missing := [GROUPS[name] for name in GROUPS if name not in figures["groups"]]:
+        warn(f"fewer than two {' and '.join(missing)}: no figure for them")
+    if readings is not None and len(held) > 1:
         rows = split.images[held]
         paths, digests = [dataset.paths[i] for i in rows], [dataset.digests[i] for i in rows]
         read = read_words(paths, digests, options.cache, options.workers)

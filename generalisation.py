@@ -78,11 +78,15 @@ def by_candidates(
 def generalise(
     image_embeddings: np.ndarray, text_embeddings: np.ndarray, labels: np.ndarray
 ) -> dict[str, Any]:
-    """All figures of the films of `labels` (train, dev or test each), ready for JSON.
+    """All figures of films with `labels`: "train" if trained on, "test" if held out, or another.
 
     The keys all_dim0 ... heldout_dim1 are accuracies in percent; `groups` tells the rest.
     """
-    members = {"all": labels != "", "train": labels == "train", "heldout": labels == "test"}
+    members = {
+        "all": np.ones(len(labels), bool),
+        "train": labels == "train",
+        "heldout": labels == "test",
+    }
     groups = {
         name: group_figures(image_embeddings[chosen], text_embeddings[chosen])
         for name, chosen in members.items()

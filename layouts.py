@@ -155,20 +155,27 @@ def read_posters(paths: list[Path]) -> Iterator[Row]:
 
     What train.txt does not name is test. An id of train.txt without a film is a row without intro.
     """
-    folder = paths[0].parent
-    posters = {Path(name).stem: name for name in find_images(folder)}
-    lists = folder / "train.txt"
-    train = dict.fromkeys(read_text(lists).split() if lists.is_file() else ())
-    unknown = dict(train)
+    table, lists = paths[0], paths[0].with_name("train.txt")
+    posters = {Path(name).stem: name for name in find_images(table.parent)}
+    listed = read_text(lists).split() if lists.is_file() else []
+    train = {Path(name).stem if is_picture(name) else name: None for name in listed}
+    unknown, seen = dict(train), False
     try:
-        for film in csv.DictReader(io.StringIO(read_text(paths[0]), newline="")):
-            name = film["id"].strip()
-            unknown.pop(name, None)
-            split = ("train" if name in train else "test") if train else ""
-            told = film["title"], (film.get("genres") or "").strip()
-            yield Row(posters.get(name, f"{name}.jpg"), film["intro"], split, *told)
+        reader = csv.DictReader(io.StringIO(read_text(table), newline=""))
+        for film in reader:
+            name, title, intro = film["id"], film["title"], film["intro"]
+            if None in film or None in (name, title, intro):
+                told = "another number of cells than the header; quote cells that hold a comma"
+                raise UserError(f"{table}, line {reader.line_num} has {told}")
+            seen |= name.strip() in train
+            unknown.pop(name.strip(), None)
+            split = ("train" if name.strip() in train else "test") if lists.is_file() else ""
+            poster = posters.get(name.strip(), f"{name.strip()}.jpg")
+            yield Row(poster, intro, split, title, (film.get("genres") or "").strip())
     except csv.Error as error:
-        raise UserError(f"{paths[0]} cannot be read as CSV: {error}") from error
+        raise UserError(f"{table} cannot be read as CSV: {error}") from error
+    if lists.is_file() and not seen:
+        raise UserError(f"{lists} names no film of {table.name}; give its ids, one a line")
     yield from (Row(posters.get(name, f"{name}.jpg"), "", "train") for name in unknown)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from cli import UserError
+from cli import UserError, warn
 from images import to_rgb
 
 READER = "1"  # part of the cache's name: raise it when `read_picture` gives other lines
@@ -49,13 +49,21 @@ def reader() -> Any:
     return RapidOCR(intra_op_num_threads=1, inter_op_num_threads=1)
 
 
+def try_reading(path: Path) -> tuple[list[Line] | None, str]:
+    """The lines on a picture, or None and why it cannot be read."""
+    try:
+        return read_picture(path), ""
+    except Exception as error:  # of Pillow, OpenCV or the engine; each has its own
+        return None, " ".join(str(error).split())[:80] or type(error).__name__
+
+
 def read_picture(path: Path) -> list[Line]:
-    """The lines on a picture, the tallest first; none where it cannot be read."""
+    """The lines on a picture, the tallest first."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(path) as image:
             image = to_rgb(ImageOps.exif_transpose(image))
-    scale = max(1.0, SHORTER / min(image.size))
+    scale = min(max(1.0, SHORTER / min(image.size)), 4 * SHORTER / max(image.size))
     wide, high = (round(side * scale) for side in image.size)
     pixels = np.asarray(image.resize((wide, high), Image.Resampling.BICUBIC))
     found, _ = reader()(pixels[:, :, ::-1])  # it takes blue, green, red
@@ -75,10 +83,11 @@ def read_words(
     added as it is done: a run that is stopped goes on where it was. Raises UserError when the OCR
     package is missing.
     """
-    if importlib.util.find_spec("rapidocr_onnxruntime") is None:
-        raise UserError("--poster-text needs: pip install rapidocr-onnxruntime wordninja")
+    for package in ("rapidocr_onnxruntime", "wordninja"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError("--poster-text needs: pip install rapidocr-onnxruntime wordninja")
     file = cache / f"words-{version('rapidocr-onnxruntime')}-{READER}.jsonl"
-    known = read_cache(file)
+    known, failed = read_cache(file), {}
     missing = {digest: path for path, digest in zip(paths, digests, strict=True)}
     missing = {digest: path for digest, path in missing.items() if digest not in known}
     if missing:
@@ -90,15 +99,21 @@ def read_words(
                 file.open("a", encoding="utf-8") as kept,
                 ProcessPoolExecutor(max(1, workers), context) as pool,
             ):
-                made = pool.map(read_picture, missing.values(), chunksize=4)
+                made = pool.map(try_reading, missing.values(), chunksize=4)
                 bar = tqdm(made, "reading", len(missing), unit="poster", leave=False, disable=None)
-                for digest, lines in zip(missing, bar, strict=True):
+                for digest, (lines, told) in zip(missing, bar, strict=True):
+                    if lines is None:
+                        failed[digest] = told
+                        continue
                     known[digest] = lines
                     kept.write("\n" + json.dumps([digest, lines]))  # after a torn line too
                     kept.flush()
         except OSError as error:
             raise UserError(f"cannot write the cache {file}: {error.strerror or error}") from error
-    return [known[digest] for digest in digests]
+    if failed:
+        first = next(iter(failed.values()))
+        warn(f"the words of {len(failed):,} pictures cannot be read ({first}); taken as none")
+    return [known.get(digest, []) for digest in digests]
 
 
 def read_cache(file: Path) -> dict[str, list[Line]]:
@@ -122,10 +137,7 @@ def spaced(text: str) -> str:
 @once
 def wordninja() -> Any:
     """The package that knows where one English word ends and the next begins."""
-    try:
-        return importlib.import_module("wordninja")
-    except ImportError as error:
-        raise UserError("--poster-text needs: pip install wordninja") from error
+    return importlib.import_module("wordninja")
 
 
 def in_order(lines: Sequence[Line]) -> str:

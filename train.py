@@ -383,10 +383,10 @@ def prepare(
     rewriter = Rewriter(split.captions, split.caption_image, rates) if any(rates.values()) else None
     history = content["history"] if content else []
     readings = None
-    if config["poster_text"]:
-        readings = reading_features(model, tokenizer, dataset, config, cache, config["workers"])
     if config["soft_positives"] == "genres" and not any(film.genres for film in dataset.films):
         raise UserError(f"--soft-positives genres: {dataset.path} has no genres")
+    if config["poster_text"]:
+        readings = reading_features(model, tokenizer, dataset, config, cache, config["workers"])
     run = Run(
         *(out, cache, config, dataset, split, dataset.split("dev"), tokenizer, model, rewriter),
         *(readings, since, history),

@@ -105,6 +105,38 @@ def test_a_film_that_is_also_in_training_is_no_test_film(films, load, capsys):
     assert {"18.jpg", "21.jpg"} <= kept and not {"12.jpg", "15.jpg"} & kept
 
 
+def test_a_film_with_several_introductions_leaves_test_whole(films, load, capsys):
+    rewrite(films, lambda rows: [*rows, ["12", rows[2][1], film(3)[2], ""]])
+    data = load(films)
+    key = "test films with the introduction or poster of a training film"
+    assert data.skipped[key] == ["12.jpg"]
+    row = data.names.index("12.jpg")
+    assert {*data.labels[data.caption_image == row]} == {""}
+
+
+def test_an_unreadable_poster_is_counted(films, load):
+    (films / "posters" / "13.jpg").write_bytes(b"no picture")
+    data = load(films)
+    assert data.skipped["unreadable images"] == ["13.jpg: not a picture"]
+    assert [each.image for each in data.films] == data.names
+
+
+def test_odd_tables_and_lists(films, load):
+    text = (films / "movies.csv").read_text()
+    (films / "movies.csv").write_text(text + "99,X (1999),one, two, three\n")
+    with pytest.raises(UserError, match="line 42 has another number of cells"):
+        load(films)
+    (films / "movies.csv").write_text(text + "99,X (1999)\n")
+    with pytest.raises(UserError, match="line 42 has another number of cells"):
+        load(films)
+    (films / "movies.csv").write_text(text)
+    (films / "train.txt").write_text("")
+    with pytest.raises(UserError, match="names no film of movies"):
+        load(films)
+    (films / "train.txt").write_text("".join(f"{10 + n}.jpg\n" for n in range(30)))
+    assert (load(films).labels == "test").sum() == 10
+
+
 def test_a_table_without_its_columns_is_a_user_error(films, load):
     (films / "movies.csv").write_text("id,name\n1,x\n")
     with pytest.raises(UserError, match="is no posters: KeyError"):
@@ -239,7 +271,7 @@ def test_evaluate_prints_and_writes_the_table(trained, tmp_path, capsys):
     distances = np.load(tmp_path / "d.npy")
     assert distances.shape == (60, 60) and distances.dtype == np.float32
     content = load_dataset(str(data), size=32, cache=cache, workers=0)
-    labels = evaluate.all_films(content)[1]
+    labels = evaluate.all_films(evaluate.load_trained(run / "best.pt", "cpu"), content)[1]
     for name, chosen in (
         ("all", labels != ""),
         ("train", labels == "train"),
@@ -369,6 +401,16 @@ class InProcess:
         for item in items:
             self.seen.append(item)
             yield work(item)
+
+
+def test_what_cannot_be_read_is_counted(read, tmp_path, capsys):
+    _, paths, lines = read
+    torn = tmp_path / "torn.jpg"
+    torn.write_bytes(paths[0].read_bytes()[:300])
+    made = ocr.read_words([torn, paths[1]], ["a", "b"], tmp_path / "cache", 1)
+    assert made == [[], lines[1]]
+    assert "the words of 1 pictures cannot be read" in capsys.readouterr().err
+    assert len(ocr.read_cache(next((tmp_path / "cache").iterdir()))) == 1
 
 
 def test_hidden_words_are_the_mean_colour():
