@@ -785,7 +785,7 @@ def make_feed(batch_size=4, per_image=1, seed=0, counts=COUNTS) -> Feed:
 def shown(feed: Feed, epoch: int, ahead: bool = False) -> list[tuple[list[int], list[list[int]]]]:
     """(images, captions of each) of every batch, read from what the model would be given."""
     found = []
-    for pixels, tokens in feed.epoch(epoch, ahead):
+    for pixels, tokens, *_ in feed.epoch(epoch, ahead):
         images = ((pixels[:, 0, 0, 0].int() - 1) // 3).tolist()
         found.append((images, (tokens[:, 1] - 4).view(len(images), -1).tolist()))
     return found
@@ -814,7 +814,7 @@ def test_an_epoch_shows_every_image_once(batch_size, count, largest, per_image):
 
 def test_batches_hold_pixels_and_tokens_as_promised():
     feed = make_feed(4, 2)
-    for pixels, tokens in feed.epoch(1, False):
+    for pixels, tokens, *_ in feed.epoch(1, False):
         assert pixels.dtype == torch.uint8 and pixels.shape[1:] == (2, 2, 3)
         assert tokens.dtype == torch.int64 and len(tokens) == 2 * len(pixels)
         assert (tokens != 0).any(0).all()  # no column of padding alone
@@ -900,7 +900,7 @@ def test_a_real_folder_feeds(photos, load):
     feed = Feed(data.pixels, split.images, split, tokenizer(split.captions).numpy(), 8, 1, 0)
     table, texts = table_of(pairs(40)), 0
     for planned, batch in zip(feed.plan(1), feed.epoch(1, True), strict=True):
-        for image, pixels, tokens in zip(planned[0], *batch, strict=True):
+        for image, pixels, tokens in zip(planned[0], batch.images, batch.texts, strict=True):
             row = split.images[image]
             assert np.array_equal(pixels, data.pixels[row])
             words = [tokenizer.vocabulary[number] for number in tokens if number > 3]
