@@ -156,7 +156,7 @@ def draw_films(
     write(out / "distances.png", draw_distances, distances, titles, footer)
     if history and "train_top1_t2i" in history[0]:
         pairs = history[0]["dev_films"]
-        write(out / "generalisation.png", draw_gap, history, pairs, footer)
+        write(out / "generalisation.png", draw_gap, history, pairs, footer.rpartition("; ")[2])
     recalls = genre_recalls(paired_ranks(images, texts), [film.genres for film in films])
     if recalls:
         write(out / "genres.png", draw_genres, recalls, footer)
