@@ -29,7 +29,7 @@ from cli import UserError, atomic_write, run, warn
 from dataset import Batch, Dataset, Feed, Split, limited, load_dataset
 from embedding import NOTHING, Cached
 from evaluate import contrastive_loss, evaluate_split
-from features import image_features, opened, reading_features, text_features, window
+from features import image_features, key_of, opened, reading_features, text_features, window
 from flags import MAY_CHANGE, build_parser, resolve
 from generalisation import genre_likeness
 from images import augment
@@ -333,6 +333,7 @@ class Run:
             "history": self.history,
             "random_states": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "fingerprint": self.dataset.fingerprint,
+            "readings": "" if self.readings is None else key_of(self.readings),
             "split_by_caption": self.dataset.by_caption,
             "train_images": {
                 "names": [names[row] for row in trained_on],
@@ -387,6 +388,9 @@ def prepare(
         raise UserError(f"--soft-positives genres: {dataset.path} has no genres")
     if config["poster_text"]:
         readings = reading_features(model, tokenizer, dataset, config, cache, config["workers"])
+        if content and content["readings"] != key_of(readings):
+            told = "other words are read on the pictures than the run read"
+            raise UserError(f"--resume: {told}; install its OCR packages, or start a new run")
     run = Run(
         *(out, cache, config, dataset, split, dataset.split("dev"), tokenizer, model, rewriter),
         *(readings, since, history),

@@ -439,6 +439,13 @@ def test_training_with_poster_text(tmp_path, capsys):
     assert figures["heldout_dim0"] > 3 * chance and figures["heldout_dim1"] > 3 * chance
     assert figures["heldout_masked_dim1"] < figures["heldout_dim1"]
     assert "their words painted over" in capsys.readouterr().out
+    more = [str(w) for w in ["--resume", tmp_path / "run", "--epochs", 2, "--cache"]]
+    assert train.main([*more, str(tmp_path / "cache")]) == 0
+    (words_file,) = (tmp_path / "cache").glob("words-*.jsonl")
+    words_file.write_text(words_file.read_text().replace("he", "ox").replace("HE", "OX"))
+    more[3] = "3"
+    with pytest.raises(UserError, match="other words are read"):
+        train.main([*more, str(tmp_path / "cache")])
 
 
 # ------------------------------------------------------------------------------ the real data
