@@ -256,8 +256,8 @@ def main(argv: list[str]) -> None:
             about |= {"i2t": told, "t2i": told, "checkpoint": str(trained.path)}
             write_json(options.json, {**figures, "protocol": about})
         return
-    size, readings = trained.transform["image_size"], readings_for(trained, dataset, options)
-    cached = Cached(readings=None if readings is None else readings[split.images])
+    size = trained.transform["image_size"]
+    cached = Cached(readings=readings_for(trained, dataset, split, options))
     embedded = evaluate_split(trained.model, trained.tokenizer, dataset, split, size, cached)
     if trained.tokenizer.cut:
         print(
@@ -309,13 +309,15 @@ def all_films(trained: Loaded, dataset: Dataset) -> tuple[Split, np.ndarray]:
     return split, np.array(labels)
 
 
-def readings_for(trained: Loaded, dataset: Dataset, options: Any) -> np.ndarray | None:
-    """What is written on every picture, for a model that was trained to read it."""
+def readings_for(
+    trained: Loaded, dataset: Dataset, split: Split, options: Any
+) -> np.ndarray | None:
+    """What is written on a split's pictures, for a model that was trained to read it."""
     if trained.model.poster_text is None:
         return None
     config = {**trained.content["config"], "precision": "fp32"}  # a part of the cache's key
     given = trained.model, trained.tokenizer, dataset, config, options.cache, options.workers
-    return reading_features(*given)
+    return reading_features(*given)[split.images]
 
 
 def evaluate_films(trained: Loaded, dataset: Dataset, options: Any) -> dict[str, Any]:
@@ -326,27 +328,26 @@ def evaluate_films(trained: Loaded, dataset: Dataset, options: Any) -> dict[str,
     split, labels = all_films(trained, dataset)
     model, size = trained.model, trained.transform["image_size"]
     config = {**trained.content["config"], "precision": "fp32"}
-    readings = readings_for(trained, dataset, options)
-    cached = Cached(readings=None if readings is None else readings[split.images])
+    cached = Cached(readings=readings_for(trained, dataset, split, options))
     if config["train_image"] == "0" and config["views"]:
         start, views = len(model.image_blocks), 1 + model.mirror
         given = (split.images, [start], views, config, options.cache, "film")
         kept = image_features(model, dataset, *given)[start]
         cached = cached._replace(images=kept, start=start)
-    made = evaluate_split(trained.model, trained.tokenizer, dataset, split, size, cached)
+    made = evaluate_split(model, trained.tokenizer, dataset, split, size, cached)
     images, texts = made.image_embeddings, made.text_embeddings
     figures, held = generalise(images, texts, labels), np.flatnonzero(labels == "test")
     other = len(labels) - len(held) - int((labels == "train").sum())
     print(f"{other:,} films (dev, or test films that were trained on) are in neither group")
     if missing := [GROUPS[name] for name in GROUPS if name not in figures["groups"]]:
         warn(f"fewer than two {' and '.join(missing)}: no figure for them")
-    if readings is not None and len(held) > 1:
+    if model.poster_text is not None and len(held) > 1:
         rows = split.images[held]
         paths, digests = [dataset.paths[i] for i in rows], [dataset.digests[i] for i in rows]
         read = read_words(paths, digests, options.cache, options.workers)
         pixels = dataset.pixels[rows]
         hidden = np.stack([hide_words(p, r) for p, r in zip(pixels, read, strict=True)])
-        images = embed_images(trained.model, hidden, np.arange(len(hidden)), size)
+        images = embed_images(model, hidden, np.arange(len(hidden)), size)
         figures |= masked_figures(images, texts[held])
     print(generalisation_table(figures))
     if options.save_embeddings:

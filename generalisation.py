@@ -139,26 +139,30 @@ def generalisation_table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def genre_table(genres: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The names of all genres, and which film (row) is of which: float32 (films, names)."""
+    parts = [set(filter(None, joined.split("|"))) for joined in genres]
+    names = sorted(set().union(*parts))
+    cells = [[name in own for name in names] for own in parts]
+    return names, np.array(cells, np.float32).reshape(len(parts), len(names))
+
+
 def genre_recalls(
     ranks: dict[str, np.ndarray], genres: Sequence[str], fewest: int = 10
 ) -> dict[str, dict[str, float]]:
     """{genre: films and R@10 in both directions} of genres with `fewest` films or more."""
+    names, table = genre_table(genres)
     made = {}
-    for genre in sorted({name for joined in genres for name in joined.split("|") if name}):
-        own = np.array([genre in joined.split("|") for joined in genres])
+    for name, column in zip(names, table.T, strict=True):
+        own = column > 0
         if own.sum() >= fewest:
             found = {dim: recall_at_k(ranks[dim][own], 10) for dim in DIRECTIONS}
-            made[genre] = {"films": int(own.sum()), **found}
+            made[name] = {"films": int(own.sum()), **found}
     return made
 
 
 def genre_likeness(genres: Sequence[str]) -> np.ndarray:
     """Jaccard index of the genres of every two films: float32 (N, N); 0 where one has none."""
-    names = sorted({name for joined in genres for name in joined.split("|") if name})
-    table = np.zeros((len(genres), len(names) or 1), np.float32)
-    for row, joined in enumerate(genres):
-        for name in filter(None, joined.split("|")):
-            table[row, names.index(name)] = 1
-    common = table @ table.T
-    sizes = table.sum(1)
+    table = genre_table(genres)[1]
+    common, sizes = table @ table.T, table.sum(1)
     return common / np.maximum(sizes[:, None] + sizes[None, :] - common, 1)

@@ -4,7 +4,6 @@ train.py --poster-text and evaluate.py ask `read_words` for the lines on the pos
 features.py embeds them with the text tower, models.py fuses them with the picture.
 """
 
-import importlib
 import importlib.util
 import json
 import re
@@ -131,13 +130,9 @@ def read_cache(file: Path) -> dict[str, list[Line]]:
 
 def spaced(text: str) -> str:
     """A line with its words apart: readers of small print join them, DEADMENDONTWEARPLAID."""
-    return re.sub(r"[A-Za-z']{5,}", lambda found: " ".join(wordninja().split(found[0])), text)
+    import wordninja
 
-
-@once
-def wordninja() -> Any:
-    """The package that knows where one English word ends and the next begins."""
-    return importlib.import_module("wordninja")
+    return re.sub(r"[A-Za-z']{5,}", lambda found: " ".join(wordninja.split(found[0])), text)
 
 
 def in_order(lines: Sequence[Line]) -> str:

@@ -211,10 +211,7 @@ class Run:
                 for given, name in ((tokens, "train"), (dev_tokens, "dev"))
             )
             self.cached = self.cached._replace(texts=dev_texts)
-        readings = None
-        if self.readings is not None:
-            readings = self.readings[self.split.images]
-            self.cached = self.cached._replace(readings=self.readings[self.dev.images])
+        self.cached = self.cached._replace(readings=self.readings_of(self.dev))
         self.feed = Feed(
             images,
             rows,
@@ -223,7 +220,7 @@ class Run:
             config["batch_size"],
             config["captions_per_image"],
             config["seed"],
-            readings,
+            self.readings_of(self.split),
         )
         alike = None
         if config["soft_positives"] == "genres":
@@ -241,6 +238,9 @@ class Run:
             model, optimizer, scaler, average, config, place, phase, steps, start, alike
         )
 
+    def readings_of(self, split: Split) -> np.ndarray | None:
+        return None if self.readings is None else self.readings[split.images]
+
     def sample_of_training(
         self, images: np.ndarray, rows: np.ndarray, texts: np.ndarray
     ) -> tuple[Split, Cached]:
@@ -248,7 +248,7 @@ class Run:
         whole, count = self.split, min(len(self.dev.images), len(self.split.images))
         split = limited(whole, count, 0) if count < len(whole.images) else whole
         chosen = np.searchsorted(whole.images, split.images)
-        cached = Cached(readings=None if self.readings is None else self.readings[split.images])
+        cached = Cached(readings=self.readings_of(split))
         if self.cached.start:
             views = images[rows[chosen]][:, : 1 + self.config["test_mirror"]]
             cached = cached._replace(images=views, start=self.cached.start)

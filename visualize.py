@@ -272,8 +272,7 @@ def main(argv: list[str]) -> None:
         split, size = dataset.split(options.split), transform["image_size"]
         films = [dataset.films[row] for row in split.images] if dataset.films else []
         names = [plain_title(film.title) for film in films]
-        readings = evaluate.readings_for(trained, dataset, options)
-        cached = Cached(readings=None if readings is None else readings[split.images])
+        cached = Cached(readings=evaluate.readings_for(trained, dataset, split, options))
         footer = origin(trained, dataset, split)
         name, draw = "grid_text_to_image.png", lambda i: dataset.picture(int(split.images[i]))
         if not queries:
