@@ -190,7 +190,10 @@ def build_parser() -> Parser:
     flag("--fixed-temperature", action=argparse.BooleanOptionalAction, default=False, help=told)
 
     flag = parser.add_argument_group("training").add_argument
-    told = "infonce, siglip, triplet, or a weighted sum such as infonce+0.2*triplet"
+    told = (
+        "infonce, siglip, triplet, words (the image alone predicts them), or a weighted sum such "
+    )
+    told += "as infonce+0.2*triplet"
     flag("--loss", type=checked(parse_loss), default="infonce", help=told)
     told = "share of InfoNCE's target that is spread over all candidates"
     flag("--label-smoothing", type=number(float, 0, 0.9), default=0.0, help=told)
@@ -269,6 +272,8 @@ def resolve(typed: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
         raise UserError("--poster-text goes with a frozen text tower: --text-tower minilm or bert")
     if config["soft_positives"] != "none" and "infonce" not in config["loss"]:
         raise UserError("--soft-positives goes with --loss infonce")
+    if "words" in config["loss"] and text.folder:
+        raise UserError("--loss words goes with a text tower of its own words: lstm, transformer")
     if config["image_size"] is None and config["image_weights"] != "none":
         config["image_size"] = image.size
     for flag, value in PER_DATA[kind].items():

@@ -35,8 +35,8 @@ DECODER = "1"  # part of every cache key: raise it when `decode` gives other pix
 DECODE_IN_PROCESS = 200  # fewer pictures than this are decoded sooner than processes start
 
 
-def decode(source: Path | bytes, size: int) -> np.ndarray:
-    """Reads a picture as it should be seen, squashed to a square: uint8 (size, size, 3).
+def open_picture(source: Path | bytes, near: int | None = None) -> Image.Image:
+    """Reads a picture as it should be seen, in RGB; a JPEG in a size not below `near` pixels.
 
     EXIF rotation is applied, transparency laid on white, 16 bits scaled to 8, of an animation the
     first frame taken. Raises ValueError or OSError with a short reason when it cannot be read.
@@ -44,17 +44,21 @@ def decode(source: Path | bytes, size: int) -> np.ndarray:
     data = source if isinstance(source, bytes) else source.read_bytes()
     if not data:
         raise ValueError("empty file")
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # Pillow's remarks on odd metadata; the size is checked here
+    with warnings.catch_warnings():  # Pillow's on odd metadata; the size is checked here
+        warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are too many")
-            image.draft("RGB", (2 * size, 2 * size))  # JPEG: decode near the size that is needed
+            if near:
+                image.draft("RGB", (near, near))
             image.load()
-            image = to_rgb(ImageOps.exif_transpose(image))
-            return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+            return to_rgb(ImageOps.exif_transpose(image))
+
+
+def decode(source: Path | bytes, size: int) -> np.ndarray:
+    """A picture squashed to a square: uint8 (size, size, 3). Raises as `open_picture` does."""
+    image = open_picture(source, 2 * size)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -72,12 +76,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def thumbnail(path: Path, size: int = 256) -> Image.Image:
     """A picture for a figure: as it should be seen, in its proportions, `size` pixels at most."""
-    with warnings.catch_warnings(), Image.open(path) as image:
-        warnings.simplefilter("ignore")
-        image.draft("RGB", (size, size))
-        image = to_rgb(ImageOps.exif_transpose(image))
-        image.thumbnail((size, size))
-        return image
+    image = open_picture(path, size)
+    image.thumbnail((size, size))
+    return image
 
 
 def try_decode(path: Path, size: int) -> tuple[np.ndarray | None, str]:

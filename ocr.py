@@ -8,7 +8,6 @@ import importlib.util
 import json
 import re
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache as once
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from cli import UserError, warn
-from images import to_rgb
+from images import open_picture
 
 READER = "1"  # part of the cache's name: raise it when `read_picture` gives other lines
 SHORTER = 400  # pixels: small posters are enlarged to it, as the reader wants letters of 30 or so
@@ -58,10 +57,7 @@ def try_reading(path: Path) -> tuple[list[Line] | None, str]:
 
 def read_picture(path: Path) -> list[Line]:
     """The lines on a picture, the tallest first."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(path) as image:
-            image = to_rgb(ImageOps.exif_transpose(image))
+    image = open_picture(path)
     scale = min(max(1.0, SHORTER / min(image.size)), 4 * SHORTER / max(image.size))
     wide, high = (round(side * scale) for side in image.size)
     pixels = np.asarray(image.resize((wide, high), Image.Resampling.BICUBIC))

@@ -33,7 +33,7 @@ from features import image_features, key_of, opened, reading_features, text_feat
 from flags import MAY_CHANGE, build_parser, resolve
 from generalisation import genre_likeness
 from images import augment
-from loss import combined
+from loss import Pairs, combined
 from metrics import table_head, table_line
 from models import (
     AUTOCAST,
@@ -82,7 +82,9 @@ def train_epoch(
         if alike is not None:
             chosen = batch.positions.repeat_interleave(repeats)
             alike = alike[chosen][:, chosen].to(device)
-        loss = combined(images[ids], texts, scale, model.logit_bias, ids, alike, config)
+        told = batch.texts.to(device), model.word_scores
+        pairs = Pairs(images[ids], texts, scale, model.logit_bias, ids, alike, *told)
+        loss = combined(pairs, config)
         value = loss.item()
         if not math.isfinite(value):
             raise UserError(f"{where(epoch, index)}: the loss is {value}; {WHAT_THEN}")

@@ -278,6 +278,7 @@ def test_resume_refuses_another_model(tiny_run: Path, tmp_path: Path):
         ),
         *([flag, "0"] for flag in ("--image-size", "--embed-dim", "--patience", "--max-tokens")),
         ["--image-tower", "resnet1"],
+        ["--loss", "words", "--text-tower", "minilm"],
         ["--text-tower", "bert2"],
         ["--precision", "fp16", "--device", "cpu"],
         ["--no-such-flag"],
@@ -490,6 +491,7 @@ def test_evaluation_from_the_cache_is_that_from_pixels(
     [
         ["--loss", "siglip", "--schedule", "constant"],
         ["--loss", "triplet", "--schedule", "plateau"],
+        ["--loss", "infonce+0.5*words", "--schedule", "linear", "--captions-per-image", "2"],
         ["--label-smoothing", "0.1", "--schedule", "step", "--ema", "0.5"],
         ["--text-augment", "synonym=0.2,delete=0.2,swap=0.2", "--head", "mlp"],
         ["--image-augment", "strong", "--test-mirror", "--train-text", "1"],
