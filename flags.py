@@ -15,7 +15,7 @@ from images import AUGMENTATIONS
 from loss import parse_loss
 from models import HEADS
 from optimizer import SCHEDULES
-from towers import IMAGE_TOWERS, TEXT_TOWERS
+from towers import IMAGE_TOWERS, TEXT_TOWERS, vit
 
 # Flags left out take these, measured on 2 cores (README, "Choices"): photographs need the larger
 # input and gain from crops; in `shapes` a mirrored or cropped scene contradicts its captions, and
@@ -129,6 +129,8 @@ def build_parser() -> Parser:
     size = number(int, 32, 1024)
     told = f"pixels, square ({per_data('image_size')}; what a pretrained tower was trained at)"
     flag("--image-size", type=size, help=told)
+    told = "pixels in the first two thirds of the epochs: small is fast (default: --image-size)"
+    flag("--start-size", type=size, metavar="PIXELS", help=told)
     told = f"flips, crops, turns, colour ({per_data('image_augment')})"
     flag("--image-augment", choices=AUGMENTATIONS, help=told)
     told = "views of a training image kept for frozen blocks: whole, mirrored, then crops of the "
@@ -172,7 +174,12 @@ def build_parser() -> Parser:
     flag("--train-text", type=count_or_all, metavar="N|all", help=told)
     flag("--text-width", type=number(int, 8, 4096), default=256, help="of its word embeddings")
     flag("--text-layers", type=number(int, 1, 48), default=2)
-    flag("--dropout", type=number(float, 0, 0.95), default=0.1, help="in a transformer or lstm")
+    flag(
+        "--dropout",
+        type=number(float, 0, 0.95),
+        default=0.1,
+        help="in a text tower of its own words",
+    )
     told = "the projections: one matrix, or a matrix plus two layers on standardised features"
     flag("--head", choices=HEADS, default="linear", help=told)
     told = "the text tower's own; identity starts at the tower's features (default: as --head)"
@@ -190,10 +197,7 @@ def build_parser() -> Parser:
     flag("--fixed-temperature", action=argparse.BooleanOptionalAction, default=False, help=told)
 
     flag = parser.add_argument_group("training").add_argument
-    told = (
-        "infonce, siglip, triplet, words (the image alone predicts them), or a weighted sum such "
-    )
-    told += "as infonce+0.2*triplet"
+    told = "infonce, siglip, triplet, or a weighted sum such as infonce+0.2*triplet"
     flag("--loss", type=checked(parse_loss), default="infonce", help=told)
     told = "share of InfoNCE's target that is spread over all candidates"
     flag("--label-smoothing", type=number(float, 0, 0.9), default=0.0, help=told)
@@ -202,6 +206,8 @@ def build_parser() -> Parser:
     told = "of InfoNCE's target, that goes to soft positives"
     flag("--soft-share", type=number(float, 0, 1), default=0.2, help=told)
     flag("--epochs", type=number(int, 1, 100_000), help=f"({per_data('epochs')})")
+    told = "before the first, N epochs of captions alone: two of one image are a pair"
+    flag("--text-epochs", type=number(int, 0, 100_000), default=0, metavar="N", help=told)
     told = "in the first N epochs pretrained towers are frozen, what stands above them learns"
     flag("--head-epochs", type=number(int, 0, 100_000), default=0, metavar="N", help=told)
     told = f"images; two at least, for a pair alone has no negatives ({per_data('batch_size')})"
@@ -272,8 +278,10 @@ def resolve(typed: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
         raise UserError("--poster-text goes with a frozen text tower: --text-tower minilm or bert")
     if config["soft_positives"] != "none" and "infonce" not in config["loss"]:
         raise UserError("--soft-positives goes with --loss infonce")
-    if "words" in config["loss"] and text.folder:
-        raise UserError("--loss words goes with a text tower of its own words: lstm, transformer")
+    if config["start_size"] and (config["train_image"] != "all" or image.build is vit):
+        raise UserError("--start-size goes with --train-image all and a convolutional tower")
+    if config["text_epochs"] and config["text_weights"] != "none":
+        raise UserError("--text-epochs is a start for a text tower with --text-weights none")
     if config["image_size"] is None and config["image_weights"] != "none":
         config["image_size"] = image.size
     for flag, value in PER_DATA[kind].items():

@@ -5,12 +5,10 @@ never each other's negatives. A new loss is one function and its entry in LOSSES
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from captions import Tokenizer
 from cli import UserError
 
 
@@ -103,41 +101,13 @@ def triplet(
     return sum((margin + others.amax(axis) - own).clamp(min=0).mean() for axis in (1, 0))
 
 
-def word_prediction(
-    image_embeddings: torch.Tensor, tokens: torch.Tensor, word_scores: torch.nn.Module
-) -> torch.Tensor:
-    """How badly an image tells the words of its caption (Joulin et al. 2016): a scalar.
-
-    Cross-entropy of a softmax over the vocabulary with the caption's words as target, each with
-    the same share (Mahajan et al. 2018). tokens (N, L): those of Tokenizer, the special ones (up to
-    EOS) not counted; word_scores: (N, D) -> (N, vocabulary). A caption without words costs nothing.
-    """
-    told = tokens > Tokenizer.EOS
-    logs = word_scores(image_embeddings).log_softmax(1).gather(1, tokens).masked_fill(~told, 0.0)
-    return -(logs.sum(1) / told.sum(1).clamp(min=1)).mean()
-
-
-class Pairs(NamedTuple):
-    """A batch as the losses take it: N pairs, and what the model knows of them."""
-
-    images: torch.Tensor  # (N, D), unit length
-    texts: torch.Tensor  # (N, D), unit length
-    logit_scale: torch.Tensor
-    logit_bias: torch.Tensor
-    image_ids: torch.Tensor  # (N,), equal where the images are the same
-    alike: torch.Tensor | None  # (N, N), see `info_nce`
-    tokens: torch.Tensor  # (N, L)
-    word_scores: torch.nn.Module | None  # of --loss words
-
-
-LOSSES: dict[str, Callable[[Pairs, dict[str, Any]], torch.Tensor]] = {
-    "infonce": lambda p, config: info_nce(
-        *(p.images, p.texts, p.logit_scale, p.image_ids),
-        *(config["label_smoothing"], p.alike, config["soft_share"]),
+# name -> loss(images, texts, model's scale, model's bias, ids, alike, the run's config)
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {
+    "infonce": lambda i, t, scale, bias, ids, alike, config: info_nce(
+        i, t, scale, ids, config["label_smoothing"], alike, config["soft_share"]
     ),
-    "siglip": lambda p, _: siglip(p.images, p.texts, p.logit_scale, p.image_ids, p.logit_bias),
-    "triplet": lambda p, _: triplet(p.images, p.texts, p.image_ids),
-    "words": lambda p, _: word_prediction(p.logit_scale * p.images, p.tokens, p.word_scores),
+    "siglip": lambda i, t, scale, bias, ids, alike, config: siglip(i, t, scale, ids, bias),
+    "triplet": lambda i, t, scale, bias, ids, alike, config: triplet(i, t, ids),
 }
 
 
@@ -159,6 +129,15 @@ def parse_loss(text: str) -> list[tuple[float, str]]:
     return made
 
 
-def combined(pairs: Pairs, config: dict[str, Any]) -> torch.Tensor:
+def combined(
+    image_embeddings: torch.Tensor,
+    text_embeddings: torch.Tensor,
+    logit_scale: torch.Tensor,
+    logit_bias: torch.Tensor,
+    image_ids: torch.Tensor,
+    alike: torch.Tensor | None,
+    config: dict,
+) -> torch.Tensor:
     """The weighted sum of losses that config["loss"] asks for."""
-    return sum(weight * LOSSES[name](pairs, config) for weight, name in parse_loss(config["loss"]))
+    given = (image_embeddings, text_embeddings, logit_scale, logit_bias, image_ids, alike, config)
+    return sum(weight * LOSSES[name](*given) for weight, name in parse_loss(config["loss"]))

@@ -147,8 +147,6 @@ class CLIP(nn.Module):
         )
         # Of the sigmoid loss alone, which starts with nearly every pair called wrong (SigLIP).
         self.logit_bias = nn.Parameter(torch.tensor(-10.0), "siglip" in config["loss"])
-        # Of --loss words alone: how well each word of the vocabulary fits an image embedding.
-        self.word_scores = nn.Linear(embed_dim, vocabulary) if "words" in config["loss"] else None
         self.autocast: torch.dtype | None = None  # of the towers in training; None: float32
         self.always_lower = False  # features.py sets it: frozen blocks as training would run them
         self.pretrained = config["image_weights"] != "none"

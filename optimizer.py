@@ -39,6 +39,12 @@ def phases_of(config: dict[str, Any]) -> list[Phase]:
     return [first, Phase(heads + 1, config["epochs"], *wanted, (low, low, low))]
 
 
+def size_in(epoch: int, config: dict[str, Any]) -> int:
+    """Pixels of an epoch's images: --start-size in the first two thirds (Howard 2018)."""
+    small = config["start_size"] and 3 * epoch <= 2 * config["epochs"]
+    return config["start_size"] if small else config["image_size"]
+
+
 def build_optimizer(
     model: CLIP, config: dict[str, Any], rates: tuple[float, float, float]
 ) -> torch.optim.AdamW:

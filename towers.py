@@ -333,6 +333,29 @@ class TextLSTM(nn.Module):
         return pad_packed_sequence(made, True, padding_value=float("-inf"))[0].amax(1)
 
 
+class TextBag(nn.Module):
+    """A mean of word embeddings, in which each word has a learned weight; their order is lost.
+
+    Dropout leaves out whole words, never the first token.
+    """
+
+    def __init__(self, vocabulary: int, max_tokens: int, width: int, layers: int, dropout: float):
+        super().__init__()
+        self.words, self.weights = nn.Embedding(vocabulary, width), nn.Embedding(vocabulary, 1)
+        nn.init.normal_(self.words.weight, std=0.1)
+        nn.init.zeros_(self.weights.weight)
+        self.dropout = dropout
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (B, L), 0 where padded -> features (B, width)."""
+        counted = tokens != PAD
+        if self.training:
+            counted &= torch.rand(tokens.shape, device=tokens.device) >= self.dropout
+            counted[:, 0] = True
+        weights = self.weights(tokens)[..., 0].masked_fill(~counted, float("-inf")).softmax(1)
+        return (weights[..., None] * self.words(tokens)).sum(1)
+
+
 def mean_of(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     return states.masked_fill(~real[..., None], 0.0).sum(1) / real.sum(1, keepdim=True)
 
@@ -368,6 +391,8 @@ def of_words(kind: type[nn.Module], config: dict[str, Any], vocabulary: int) -> 
     """A tower that learns its own word embeddings."""
     width, layers = config["text_width"], config["text_layers"]
     module = kind(vocabulary, config["max_tokens"], width, layers, config["dropout"])
+    if kind is TextBag:
+        return Tower(module, width, [module])
     if kind is TextLSTM:
         return Tower(module, 2 * width, [module.words, module.lstm])
     *lower, last = module.blocks.layers
@@ -409,6 +434,7 @@ class TextTower:
 TEXT_TOWERS = {
     "transformer": TextTower(partial(of_words, TextTransformer)),
     "lstm": TextTower(partial(of_words, TextLSTM)),
+    "bag": TextTower(partial(of_words, TextBag)),
     # The middle layer knows more of the words themselves, the last one more of what is meant.
     "minilm": TextTower(bert, minilm_folder, ((-1, mean_of), (-1, max_of), (-4, mean_of))),
     "bert": TextTower(bert, bert_folder, ((-1, first_of),)),

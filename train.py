@@ -33,7 +33,7 @@ from features import image_features, key_of, opened, reading_features, text_feat
 from flags import MAY_CHANGE, build_parser, resolve
 from generalisation import genre_likeness
 from images import augment
-from loss import Pairs, combined
+from loss import combined
 from metrics import table_head, table_line
 from models import (
     AUTOCAST,
@@ -48,7 +48,8 @@ from models import (
     model_from_checkpoint,
     save_checkpoint,
 )
-from optimizer import Average, Phase, Trainer, build_optimizer, phases_of, plateau_factor
+from optimizer import Average, Phase, Trainer, build_optimizer, phases_of, plateau_factor, size_in
+from text_start import learn_captions
 from towers import TEXT_TOWERS, read_text_folder, text_folder
 
 # ------------------------------------------------------------------------------ one epoch
@@ -73,7 +74,7 @@ def train_epoch(
         if trainer.start:
             images = window(opened(images), config["map_crop"], shuffler)
         else:
-            images = augment(images, config["image_size"], config["image_augment"], shuffler)
+            images = augment(images, size_in(epoch, config), config["image_augment"], shuffler)
         repeats = len(batch.texts) // len(images)
         ids = torch.arange(len(images), device=device).repeat_interleave(repeats)
         readings = None if batch.readings is None else batch.readings.to(device)
@@ -82,9 +83,7 @@ def train_epoch(
         if alike is not None:
             chosen = batch.positions.repeat_interleave(repeats)
             alike = alike[chosen][:, chosen].to(device)
-        told = batch.texts.to(device), model.word_scores
-        pairs = Pairs(images[ids], texts, scale, model.logit_bias, ids, alike, *told)
-        loss = combined(pairs, config)
+        loss = combined(images[ids], texts, scale, model.logit_bias, ids, alike, config)
         value = loss.item()
         if not math.isfinite(value):
             raise UserError(f"{where(epoch, index)}: the loss is {value}; {WHAT_THEN}")
@@ -397,6 +396,8 @@ def prepare(
         *(out, cache, config, dataset, split, dataset.split("dev"), tokenizer, model, rewriter),
         *(readings, since, history),
     )
+    if not content and config["text_epochs"]:
+        learn_captions(model, run.tokens[0], split.caption_image, config)
     run.begin(next(p for p in phases_of(config) if len(history) < p.last))
     torch.manual_seed(config["seed"])  # dropout draws from torch's own generator
     if content:

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from cli import UserError
-from loss import Pairs, combined, info_nce, parse_loss, siglip, triplet, word_prediction
+from loss import combined, info_nce, parse_loss, siglip, triplet
 
 
 def unit(count: int, width: int = 8, seed: int = 0) -> torch.Tensor:
@@ -213,17 +213,7 @@ def test_sums_of_losses():
     config = {"loss": "infonce + 0.2*triplet+3*siglip", "label_smoothing": 0.1, "soft_share": 0.2}
     wanted = info_nce(images, texts, scale, ids, 0.1) + 0.2 * triplet(images, texts, ids)
     wanted = wanted + 3 * siglip(images, texts, scale, ids, bias)
-    pairs = Pairs(images, texts, scale, bias, ids, None, torch.ones(8, 3), None)
-    torch.testing.assert_close(combined(pairs, config), wanted)
-
-
-def test_word_prediction_against_a_loop():
-    images, scores = unit(3), torch.nn.Linear(8, 9).double()
-    tokens = torch.tensor([[2, 5, 7, 5, 3], [2, 8, 3, 0, 0], [2, 3, 0, 0, 0]])
-    chances, total = scores(images).softmax(1), 0.0
-    for row, words in enumerate(([5, 7, 5], [8])):  # the third has none
-        total -= sum(math.log(chances[row, word]) for word in words) / len(words)
-    assert word_prediction(images, tokens, scores).item() == pytest.approx(total / 3)
+    torch.testing.assert_close(combined(images, texts, scale, bias, ids, None, config), wanted)
 
 
 @pytest.mark.parametrize(

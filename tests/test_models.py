@@ -51,7 +51,7 @@ def text(*numbers: int, length: int = 0) -> list[int]:
     return made + [Tokenizer.PAD] * (length - len(made))
 
 
-@pytest.fixture(scope="module", params=["transformer", "lstm"])
+@pytest.fixture(scope="module", params=["transformer", "lstm", "bag"])
 def model(request) -> CLIP:
     return build(text_tower=request.param).eval()
 
@@ -97,7 +97,22 @@ def test_padding_gets_no_gradient(model):
 
 def test_word_order_matters(model):
     made = model.encode_text(torch.tensor([text(5, 6, 7), text(7, 6, 5)]))
-    assert (made[0] - made[1]).abs().max() > 1e-4
+    kept = isinstance(model.text_tower, towers.TextBag)  # as its name says
+    assert ((made[0] - made[1]).abs().max() < 1e-6) == kept
+
+
+def test_a_bag_is_a_mean_that_its_weights_tilt():
+    tower = build(text_tower="bag", dropout=0.9).eval().text_tower
+    tokens, words = torch.tensor([text(5, 6, 6, length=8)]), tower.words.weight
+    mean = words[[Tokenizer.BOS, 5, 6, 6, Tokenizer.EOS]].mean(0)
+    torch.testing.assert_close(tower(tokens)[0], mean, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        tower.weights.weight[5] = 30.0
+    torch.testing.assert_close(tower(tokens)[0], words[5], rtol=0, atol=1e-5)
+    with torch.no_grad():
+        tower.weights.weight[5] = 0.0
+    kept = [(tower.train()(tokens)[0] - mean).norm() for _ in range(20)]
+    assert max(kept) > 1e-3 and all(x.isfinite() for x in kept)
 
 
 def test_packed_lstm_equals_an_unpacked_one_on_each_text_alone():

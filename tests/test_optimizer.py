@@ -10,7 +10,7 @@ from test_models import build, config, pictures, text
 from cli import UserError
 from flags import RECIPES, build_parser, resolve
 from loss import info_nce
-from optimizer import SCHEDULES, Average, learning_rate, phases_of, plateau_factor
+from optimizer import SCHEDULES, Average, learning_rate, phases_of, plateau_factor, size_in
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -29,6 +29,14 @@ def test_schedules_against_closed_forms():
     assert at["linear"] == pytest.approx([1, 0.75, 0.5, 0.1])
     assert at["step"] == [1, 1, 0.1, 0.01]
     assert at["constant"] == at["plateau"] == [1] * 4
+
+
+def test_small_pictures_first():
+    sizes = [
+        size_in(epoch, config(image_size=64, start_size=48, epochs=7)) for epoch in range(1, 8)
+    ]
+    assert sizes == [48] * 4 + [64] * 3
+    assert size_in(1, config(image_size=64, epochs=7)) == 64
 
 
 @pytest.mark.parametrize(
