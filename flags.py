@@ -15,7 +15,8 @@ from images import AUGMENTATIONS
 from loss import parse_loss
 from models import HEADS
 from optimizer import SCHEDULES
-from towers import IMAGE_TOWERS, TEXT_TOWERS, vit
+from text_towers import TEXT_TOWERS
+from towers import IMAGE_TOWERS, vit
 
 # Flags left out take these, measured on 2 cores (README, "Choices"): photographs need the larger
 # input and gain from crops; in `shapes` a mirrored or cropped scene contradicts its captions, and
@@ -41,9 +42,20 @@ PER_DATA = {
 RECIPES: dict[str, dict[str, Any]] = {
     # The assignment's own model: ResNet18 and a Transformer from random weights, linear heads.
     "assignment": {},
-    # No pretrained weight at all; not tuned yet, so the same as the assignment's.
+    # No pretrained weight at all: the texts lay out the space first, then photographs meet it.
     "scratch": {
-        "image_tower": "resnet18",
+        "text_tower": "bag",
+        "text_width": 512,
+        "dropout": 0.3,
+        "text_epochs": 12,
+        "train_text": "0",
+        "captions_per_image": 5,
+        "image_augment": "strong",
+        "start_size": 64,
+        "image_size": 96,
+        "epochs": 30,
+        "fixed_temperature": True,
+        "ema": 0.98,
     },
     # The strongest with weights that pip delivers.
     "best": {
@@ -247,7 +259,8 @@ def resolve(typed: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     recipe = RECIPES[typed.get("recipe", defaults.get("recipe", "assignment"))]
     kind = "shapes" if {**defaults, **typed}["data"] == "shapes" else "photographs"
     if kind == "shapes":
-        changing = ("image_augment", "test_mirror", "map_crop")  # what its captions tell
+        # What its captions tell must stay, and its pictures are as small as they are.
+        changing = ("image_augment", "test_mirror", "map_crop", "image_size", "start_size")
         recipe = {flag: value for flag, value in recipe.items() if flag not in changing}
     config = {**defaults, **recipe, **typed}
     if kind != "shapes":

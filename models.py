@@ -1,4 +1,4 @@
-"""The model: an image tower and a text tower (towers.py), each projected into one space.
+"""The model: an image tower (towers.py) and a text tower (text_towers.py) in one space.
 
 train.py builds it with `build_model` and keeps it with `save_checkpoint`; evaluate.py and
 visualize.py read it back with `load_checkpoint`. A new projection head is one entry of HEADS.
@@ -23,13 +23,12 @@ from captions import Tokenizer, WordPieces
 from cli import UserError, atomic_write
 from images import AUGMENTATIONS
 from ocr import READINGS
+from text_towers import TEXT_TOWERS, load_text_weights
 from towers import (
     IMAGE_TOWERS,
     NOT_A_CHECKPOINT,
-    TEXT_TOWERS,
     first_line,
     load_image_weights,
-    load_text_weights,
 )
 
 # --------------------------------------------------------------------------- projection heads

@@ -50,7 +50,7 @@ from models import (
 )
 from optimizer import Average, Phase, Trainer, build_optimizer, phases_of, plateau_factor, size_in
 from text_start import learn_captions
-from towers import TEXT_TOWERS, read_text_folder, text_folder
+from text_towers import TEXT_TOWERS, read_text_folder, text_folder
 
 # ------------------------------------------------------------------------------ one epoch
 

