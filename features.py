@@ -146,12 +146,11 @@ def text_features(
 ) -> np.ndarray:
     """The frozen text tower's features of padded tokens: float16 (len(tokens), width).
 
-    The key holds the tower's weights and every token.
+    Those of pretrained weights are cached; the key holds the weights and every token.
     """
     kind = [config["text_tower"], config.get("text_architecture"), config["precision"]]
-    key = key_of(*model.text_tower.state_dict().values(), tokens, kind)
 
-    def build(folder: Path) -> None:
+    def compute() -> np.ndarray:
         lengths = (tokens != PAD).sum(1)
         order = lengths.argsort(stable=True)
         made = np.empty((len(tokens), model.text_width), np.float16)
@@ -162,9 +161,14 @@ def text_features(
                 with model.lower_precision():
                     made[chosen] = stored(model.text_tower(part))
                 bar.update(len(chosen))
-        np.save(folder / "features.npy", made)
+        return made
 
-    folder = cached_folder(cache, f"texts-{key}", build)
+    if config["text_weights"] == "none":  # a tower of this run alone
+        return compute()
+    key = key_of(*model.text_tower.state_dict().values(), tokens, kind)
+    folder = cached_folder(
+        cache, f"texts-{key}", lambda folder: np.save(folder / "features.npy", compute())
+    )
     return np.load(folder / "features.npy", mmap_mode="r")
 
 

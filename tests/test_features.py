@@ -121,21 +121,24 @@ def test_a_stale_cache_is_never_used(tmp_path):
 def test_text_features_are_the_towers_and_never_stale(tmp_path):
     model = build().eval()
     tokens = TOKENIZER([f"word{i} word{i + 1}" * (i % 3 + 1) for i in range(20)])
-    made = text_features(model, tokens, CONFIG, tmp_path, "train")
+    own, given = CONFIG, {**CONFIG, "text_weights": "pretrained"}
+    made = text_features(model, tokens, own, tmp_path, "train")
+    assert not tmp_path.exists() or not folders(tmp_path)  # a tower that nobody meets again
+    assert np.array_equal(made, text_features(model, tokens, given, tmp_path, "train"))
     with torch.inference_mode():
         wanted = model.text_tower(tokens)
     torch.testing.assert_close(
         torch.from_numpy(np.array(made)).float(), wanted, rtol=2e-3, atol=2e-3
     )
-    assert np.array_equal(made, text_features(model, tokens, CONFIG, tmp_path, "train"))
+    assert np.array_equal(made, text_features(model, tokens, given, tmp_path, "train"))
     changed = tokens.clone()
     changed[3, 1] = 9
-    text_features(model, changed, CONFIG, tmp_path, "train")
+    text_features(model, changed, given, tmp_path, "train")
     with torch.no_grad():
         model.text_tower.words.weight[5] += 0.01
-    text_features(model, tokens, CONFIG, tmp_path, "train")
+    text_features(model, tokens, given, tmp_path, "train")
     # The same weights pooled in another way, as minilm and bert do with one folder.
-    text_features(model, tokens, {**CONFIG, "text_tower": "bert"}, tmp_path, "train")
+    text_features(model, tokens, {**given, "text_tower": "bert"}, tmp_path, "train")
     assert len(folders(tmp_path)) == 4
 
 
