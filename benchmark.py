@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
     flag("--json", type=Path, metavar="FILE", help="write the figures there too")
     keep_memory()
     options = vars(parser.parse_args(argv))
-    config = resolve(parser.typed(argv), parser.defaults())
+    config = {**resolve(parser.typed(argv), parser.defaults()), "start_epochs": 0}
     with tempfile.TemporaryDirectory() as out:
         trained = prepare(config, Path(out), options["cache"], None, options["device"])
     print(describe(trained))

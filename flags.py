@@ -44,10 +44,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "assignment": {},
     # No pretrained weight at all: the texts lay out the space first, then photographs meet it.
     "scratch": {
+        "image_weights": "none",
+        "text_weights": "none",
         "text_tower": "bag",
         "text_width": 512,
         "dropout": 0.3,
-        "text_epochs": 12,
+        "pretrain_text": 12,
         "train_text": "0",
         "captions_per_image": 5,
         "image_augment": "strong",
@@ -141,8 +143,10 @@ def build_parser() -> Parser:
     size = number(int, 32, 1024)
     told = f"pixels, square ({per_data('image_size')}; what a pretrained tower was trained at)"
     flag("--image-size", type=size, help=told)
-    told = "pixels in the first two thirds of the epochs: small is fast (default: --image-size)"
+    told = "pixels in the first epochs, small and fast (default: --image-size)"
     flag("--start-size", type=size, metavar="PIXELS", help=told)
+    told = "epochs at --start-size (default: two thirds of those in which the image tower learns)"
+    flag("--start-epochs", type=number(int, 0, 100_000), default=0, metavar="N", help=told)
     told = f"flips, crops, turns, colour ({per_data('image_augment')})"
     flag("--image-augment", choices=AUGMENTATIONS, help=told)
     told = "views of a training image kept for frozen blocks: whole, mirrored, then crops of the "
@@ -186,12 +190,8 @@ def build_parser() -> Parser:
     flag("--train-text", type=count_or_all, metavar="N|all", help=told)
     flag("--text-width", type=number(int, 8, 4096), default=256, help="of its word embeddings")
     flag("--text-layers", type=number(int, 1, 48), default=2)
-    flag(
-        "--dropout",
-        type=number(float, 0, 0.95),
-        default=0.1,
-        help="in a text tower of its own words",
-    )
+    told = "in a transformer or lstm; in a bag of whole words"
+    flag("--dropout", type=number(float, 0, 0.95), default=0.1, help=told)
     told = "the projections: one matrix, or a matrix plus two layers on standardised features"
     flag("--head", choices=HEADS, default="linear", help=told)
     told = "the text tower's own; identity starts at the tower's features (default: as --head)"
@@ -218,8 +218,8 @@ def build_parser() -> Parser:
     told = "of InfoNCE's target, that goes to soft positives"
     flag("--soft-share", type=number(float, 0, 1), default=0.2, help=told)
     flag("--epochs", type=number(int, 1, 100_000), help=f"({per_data('epochs')})")
-    told = "before the first, N epochs of captions alone: two of one image are a pair"
-    flag("--text-epochs", type=number(int, 0, 100_000), default=0, metavar="N", help=told)
+    told = "before the first, N epochs of captions alone: two of one image are an InfoNCE pair"
+    flag("--pretrain-text", type=number(int, 0, 100_000), default=0, metavar="N", help=told)
     told = "in the first N epochs pretrained towers are frozen, what stands above them learns"
     flag("--head-epochs", type=number(int, 0, 100_000), default=0, metavar="N", help=told)
     told = f"images; two at least, for a pair alone has no negatives ({per_data('batch_size')})"
@@ -259,8 +259,9 @@ def resolve(typed: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     recipe = RECIPES[typed.get("recipe", defaults.get("recipe", "assignment"))]
     kind = "shapes" if {**defaults, **typed}["data"] == "shapes" else "photographs"
     if kind == "shapes":
-        # What its captions tell must stay, and its pictures are as small as they are.
-        changing = ("image_augment", "test_mirror", "map_crop", "image_size", "start_size")
+        changing = ("image_augment", "test_mirror", "map_crop")  # what its captions tell
+        if recipe is RECIPES["scratch"]:  # made for photographs; their own defaults start so too
+            recipe = RECIPES["assignment"]
         recipe = {flag: value for flag, value in recipe.items() if flag not in changing}
     config = {**defaults, **recipe, **typed}
     if kind != "shapes":
@@ -287,14 +288,12 @@ def resolve(typed: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
             config[f"train_{tower}"] = "all" if given == "none" else "0"
     if config["text_head"] is None:
         config["text_head"] = config["head"]
-    if config["poster_text"] and config["train_text"] != "0":
+    if config["poster_text"] and (config["train_text"] != "0" or not text.folder):
         raise UserError("--poster-text goes with a frozen text tower: --text-tower minilm or bert")
     if config["soft_positives"] != "none" and "infonce" not in config["loss"]:
         raise UserError("--soft-positives goes with --loss infonce")
-    if config["start_size"] and (config["train_image"] != "all" or image.build is vit):
-        raise UserError("--start-size goes with --train-image all and a convolutional tower")
-    if config["text_epochs"] and config["text_weights"] != "none":
-        raise UserError("--text-epochs is a start for a text tower with --text-weights none")
+    if config["pretrain_text"] and config["text_weights"] != "none":
+        raise UserError("--pretrain-text goes with --text-weights none; --pretrain-text 0: none")
     if config["image_size"] is None and config["image_weights"] != "none":
         config["image_size"] = image.size
     for flag, value in PER_DATA[kind].items():
@@ -303,6 +302,16 @@ def resolve(typed: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     if config["views"] is None:
         level = AUGMENTATIONS[config["image_augment"]]
         config["views"] = 4 if level.area < 1 else 1 + level.flip
+    small, whole, heads = config["start_size"], config["image_size"], config["head_epochs"]
+    if small in (None, whole):
+        config["start_size"], config["start_epochs"] = None, 0
+    elif small > whole or config["train_image"] != "all" or image.build is vit:
+        raise UserError(
+            f"--start-size {small} goes with --train-image all, a convolutional tower and a larger "
+            f"--image-size; --start-size {whole} leaves it out"
+        )
+    elif not config["start_epochs"]:
+        config["start_epochs"] = heads + 2 * (config["epochs"] - heads) // 3
     frozen = config["train_image"] == config["train_text"] == "0"
     if config["head_epochs"] >= config["epochs"] and not frozen:
         raise UserError("--head-epochs leaves no epoch for the towers; give more --epochs")

@@ -1,4 +1,4 @@
-"""Which weights learn when, and at what rate; the moving average of the weights.
+"""Which weights learn when, at what rate, on images of what size; the average of the weights.
 
 train.py goes through `phases_of` its config, and asks `learning_rate` at each step.
 A new schedule is one entry of SCHEDULES: the share of the peak rate after warm-up, as a function of
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from cli import UserError
 from models import CLIP
 
 
@@ -40,9 +41,19 @@ def phases_of(config: dict[str, Any]) -> list[Phase]:
 
 
 def size_in(epoch: int, config: dict[str, Any]) -> int:
-    """Pixels of an epoch's images: --start-size in the first two thirds (Howard 2018)."""
-    small = config["start_size"] and 3 * epoch <= 2 * config["epochs"]
-    return config["start_size"] if small else config["image_size"]
+    """Pixels of an epoch's images: --start-size in the first --start-epochs (Howard 2018)."""
+    return config["start_size"] if epoch <= config["start_epochs"] else config["image_size"]
+
+
+def unsettled(config: dict[str, Any]) -> int:
+    """How many epochs go by before the last phase at the full image size, whose scores compare."""
+    return max(phases_of(config)[-1].first - 1, config["start_epochs"])
+
+
+def make_scaler(config: dict[str, Any], device: torch.device) -> Any:
+    """A GradScaler, which does nothing unless the precision is fp16."""
+    kind = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
+    return kind(enabled=config["precision"] == "fp16" and device.type == "cuda")
 
 
 def build_optimizer(
@@ -175,3 +186,23 @@ class Trainer:
             self.model.logit_scale.clamp_(max=math.log(CLIP.MAX_SCALE))
         if self.average:
             self.average.update()
+
+
+WHAT_THEN = "training is stopped, the last checkpoint is intact; try a lower --lr or more --warmup"
+
+
+def where(epoch: int, index: int) -> str:
+    return f"epoch {epoch}, batch {index + 1}"
+
+
+def check_spread(images: torch.Tensor, texts: torch.Tensor, place: str) -> None:
+    """Raises UserError when embeddings of 8 or more are not finite, or all the same point.
+
+    Measured: fresh models spread by 1e-4 or more; a collapsed one by float32's rounding, 1e-13.
+    """
+    for article, name, embeddings in (("an", "image", images), ("a", "text", texts)):
+        if not embeddings.isfinite().all():
+            raise UserError(f"{place}: {article} {name} embedding is not finite; {WHAT_THEN}")
+        spread = (embeddings - embeddings.mean(0)).square().sum(1).mean().item()
+        if len(embeddings) >= 8 and spread < 1e-10:
+            raise UserError(f"{place}: all {name} embeddings are the same point; {WHAT_THEN}")

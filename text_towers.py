@@ -81,9 +81,9 @@ class TextBag(nn.Module):
 
     def __init__(self, vocabulary: int, max_tokens: int, width: int, layers: int, dropout: float):
         super().__init__()
-        self.words, self.weights = nn.Embedding(vocabulary, width), nn.Embedding(vocabulary, 1)
+        self.words, self.scores = nn.Embedding(vocabulary, width), nn.Embedding(vocabulary, 1)
         nn.init.normal_(self.words.weight, std=0.1)
-        nn.init.zeros_(self.weights.weight)
+        nn.init.zeros_(self.scores.weight)
         self.dropout = dropout
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -92,7 +92,7 @@ class TextBag(nn.Module):
         if self.training:
             counted &= torch.rand(tokens.shape, device=tokens.device) >= self.dropout
             counted[:, 0] = True
-        weights = self.weights(tokens)[..., 0].masked_fill(~counted, float("-inf")).softmax(1)
+        weights = self.scores(tokens)[..., 0].masked_fill(~counted, float("-inf")).softmax(1)
         return (weights[..., None] * self.words(tokens)).sum(1)
 
 

@@ -48,8 +48,21 @@ from models import (
     model_from_checkpoint,
     save_checkpoint,
 )
-from optimizer import Average, Phase, Trainer, build_optimizer, phases_of, plateau_factor, size_in
-from text_start import learn_captions
+from optimizer import (
+    WHAT_THEN,
+    Average,
+    Phase,
+    Trainer,
+    build_optimizer,
+    check_spread,
+    make_scaler,
+    phases_of,
+    plateau_factor,
+    size_in,
+    unsettled,
+    where,
+)
+from pretraining import pretrain_text
 from text_towers import TEXT_TOWERS, read_text_folder, text_folder
 
 # ------------------------------------------------------------------------------ one epoch
@@ -98,26 +111,6 @@ def train_epoch(
     }
 
 
-WHAT_THEN = "training is stopped, the last checkpoint is intact; try a lower --lr or more --warmup"
-
-
-def where(epoch: int, index: int) -> str:
-    return f"epoch {epoch}, batch {index + 1}"
-
-
-def check_spread(images: torch.Tensor, texts: torch.Tensor, place: str) -> None:
-    """Raises UserError when embeddings of 8 or more are not finite, or all the same point.
-
-    Measured: fresh models spread by 1e-4 or more; a collapsed one by float32's rounding, 1e-13.
-    """
-    for article, name, embeddings in (("an", "image", images), ("a", "text", texts)):
-        if not embeddings.isfinite().all():
-            raise UserError(f"{place}: {article} {name} embedding is not finite; {WHAT_THEN}")
-        spread = (embeddings - embeddings.mean(0)).square().sum(1).mean().item()
-        if len(embeddings) >= 8 and spread < 1e-10:
-            raise UserError(f"{place}: all {name} embeddings are the same point; {WHAT_THEN}")
-
-
 # ------------------------------------------------------------------------------- the run
 
 
@@ -137,7 +130,10 @@ def resumed(typed: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"--resume: there is no {path}; no epoch of that run was finished")
     content = load_checkpoint(path)
-    config = content["config"]
+    known = build_parser().defaults()  # of flags that are younger than the checkpoint
+    for flag in ("resume", "cache", "out", "device"):
+        del known[flag]
+    config = content["config"] = {**known, **content["config"]}
     wanted = resolve({**config, **typed}, {})
     for flag in typed.keys() - set(MAY_CHANGE):
         if wanted[flag] != config.get(flag):
@@ -228,11 +224,10 @@ class Run:
             genres = [self.dataset.films[row].genres for row in self.split.images]
             alike = torch.from_numpy(genre_likeness(genres))
         place = model.device
-        make_scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
-        scaler = make_scaler(enabled=config["precision"] == "fp16" and place.type == "cuda")
         if self.dataset.films:
             self.sample = self.sample_of_training(images, rows, texts)
         average = Average(model, config["ema"]) if config["ema"] else None
+        scaler = make_scaler(config, place)
         optimizer = build_optimizer(model, config, phase.rates)
         steps = self.feed.batches()
         self.trainer = Trainer(
@@ -272,7 +267,8 @@ class Run:
         started, model, average = time.perf_counter(), self.model, self.trainer.average
         record: dict[str, float] = {"epoch": epoch}
         batches = self.texts_of(epoch).epoch(epoch, ahead=self.config["workers"] > 0)
-        scores = [past["mean_recall"] for past in self.history[self.trainer.phase.first - 1 :]]
+        first = max(self.trainer.phase.first - 1, self.config["start_epochs"])
+        scores = [past["mean_recall"] for past in self.history[first:]]
         factor = plateau_factor(scores) if self.config["schedule"] == "plateau" else 1.0
         record |= train_epoch(self.trainer, epoch, batches, factor)
         if average:
@@ -312,7 +308,7 @@ class Run:
     def finished(self) -> bool:
         """All epochs done, or --patience run out in the last phase."""
         done, patience = len(self.history), self.config["patience"]
-        in_phase = done - phases_of(self.config)[-1].first + 1
+        in_phase = done - unsettled(self.config)
         idle = patience and in_phase >= patience and self.stale() >= patience
         return done >= self.config["epochs"] or bool(done and idle)
 
@@ -396,8 +392,8 @@ def prepare(
         *(out, cache, config, dataset, split, dataset.split("dev"), tokenizer, model, rewriter),
         *(readings, since, history),
     )
-    if not content and config["text_epochs"]:
-        learn_captions(model, run.tokens[0], split.caption_image, config)
+    if not content and config["pretrain_text"]:
+        pretrain_text(model, run.tokens[0], split.caption_image, config)
     run.begin(next(p for p in phases_of(config) if len(history) < p.last))
     torch.manual_seed(config["seed"])  # dropout draws from torch's own generator
     if content:

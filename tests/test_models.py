@@ -108,10 +108,10 @@ def test_a_bag_is_a_mean_that_its_weights_tilt():
     mean = words[[Tokenizer.BOS, 5, 6, 6, Tokenizer.EOS]].mean(0)
     torch.testing.assert_close(tower(tokens)[0], mean, rtol=0, atol=1e-6)
     with torch.no_grad():
-        tower.weights.weight[5] = 30.0
+        tower.scores.weight[5] = 30.0
     torch.testing.assert_close(tower(tokens)[0], words[5], rtol=0, atol=1e-5)
     with torch.no_grad():
-        tower.weights.weight[5] = 0.0
+        tower.scores.weight[5] = 0.0
     kept = [(tower.train()(tokens)[0] - mean).norm() for _ in range(20)]
     assert max(kept) > 1e-3 and all(x.isfinite() for x in kept)
 

@@ -10,7 +10,15 @@ from test_models import build, config, pictures, text
 from cli import UserError
 from flags import RECIPES, build_parser, resolve
 from loss import info_nce
-from optimizer import SCHEDULES, Average, learning_rate, phases_of, plateau_factor, size_in
+from optimizer import (
+    SCHEDULES,
+    Average,
+    learning_rate,
+    phases_of,
+    plateau_factor,
+    size_in,
+    unsettled,
+)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -32,11 +40,34 @@ def test_schedules_against_closed_forms():
 
 
 def test_small_pictures_first():
-    sizes = [
-        size_in(epoch, config(image_size=64, start_size=48, epochs=7)) for epoch in range(1, 8)
-    ]
-    assert sizes == [48] * 4 + [64] * 3
-    assert size_in(1, config(image_size=64, epochs=7)) == 64
+    given = config(image_size=64, start_size=48, epochs=7)
+    assert [size_in(epoch, given) for epoch in range(1, 8)] == [48] * 4 + [64] * 3
+    assert size_in(5, {**given, "epochs": 70}) == 64  # a run that goes further stays at its size
+    assert unsettled(given) == 4 and unsettled(config(epochs=7)) == 0
+    assert size_in(1, config(image_size=64, start_size=64, epochs=7)) == 64
+    best = {"recipe": "best", "train_image": "all", "image_size": 260}
+    late = config(**best, start_size=128, start_epochs=9)
+    assert [size_in(epoch, late) for epoch in (9, 10)] == [128, 260] and unsettled(late) == 9
+    with pytest.raises(UserError, match=r"--start-size 80 goes with .* --start-size 64 leaves"):
+        config(image_size=64, start_size=80)
+
+
+def test_the_recipe_from_scratch():
+    defaults = build_parser().defaults()
+    made = resolve({"recipe": "scratch", "data": "x"}, defaults)
+    assert made["image_weights"] == made["text_weights"] == "none"
+    assert (made["train_image"], made["train_text"]) == ("all", "0") and made["pretrain_text"]
+    assert (made["start_size"], made["image_size"], made["start_epochs"]) == (64, 96, 20)
+    typed = {"recipe": "scratch", "data": "x", "image_tower": "efficientnet_lite0"}
+    assert resolve(typed, defaults)["image_weights"] == "none"  # as its name says
+    shapes = resolve({"recipe": "scratch", "data": "shapes"}, defaults)
+    assert shapes == {**resolve({"data": "shapes"}, defaults), "recipe": "scratch"}
+    for more, told in (
+        ({"text_weights": "pretrained", "text_tower": "minilm"}, "--pretrain-text 0"),
+        ({"poster_text": True}, "--poster-text goes with a frozen text tower"),
+    ):
+        with pytest.raises(UserError, match=told):
+            resolve({"recipe": "scratch", "data": "x", **more}, defaults)
 
 
 @pytest.mark.parametrize(

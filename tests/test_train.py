@@ -229,6 +229,27 @@ def test_resume_goes_further_and_says_when_finished(photos: Path, tmp_path: Path
     assert load_checkpoint(out / "last.pt")["epoch"] == 2
 
 
+def test_resume_of_a_run_from_before_a_flag_was_there(tiny_run: Path, tmp_path: Path):
+    out = shutil.copytree(tiny_run, tmp_path / "run")
+    content = load_checkpoint(out / "last.pt")
+    for flag in ("start_size", "start_epochs", "pretrain_text"):
+        del content["config"][flag]
+    for key in ("format", "version", "versions"):
+        del content[key]
+    save_checkpoint(out / "last.pt", content)
+    assert run_train("--resume", out, "--epochs", 4, "--cache", tmp_path / "cache") == 0
+    assert load_checkpoint(out / "last.pt")["epoch"] == 4
+
+
+def test_small_pictures_come_first(photo_data: Path, tmp_path: Path, monkeypatch):
+    sizes, real = [], train.augment
+    monkeypatch.setattr(train, "augment", lambda *a: (sizes.append(a[1]), real(*a))[1])
+    words = start(photo_data, tmp_path / "run", tmp_path / "cache", "--epochs", 3)
+    assert run_train(*words, "--image-size", 48, "--start-size", 32, "--patience", 1) == 0
+    batches = len(sizes) // 3
+    assert sizes == [32] * 2 * batches + [48] * batches  # --patience waits for the last size
+
+
 @pytest.mark.parametrize(
     "words",
     [["--lr", "0.5"], ["--image_tower", "resnet50"], ["--seed", "3"], ["--data", "shapes"]],
@@ -278,9 +299,9 @@ def test_resume_refuses_another_model(tiny_run: Path, tmp_path: Path):
         ),
         *([flag, "0"] for flag in ("--image-size", "--embed-dim", "--patience", "--max-tokens")),
         ["--image-tower", "resnet1"],
-        ["--text-epochs", "3", "--text-tower", "minilm"],
-        ["--start-size", "64", "--train-image", "2"],
-        ["--start-size", "64", "--image-tower", "vit_b_16", "--image-size", "64"],
+        ["--pretrain-text", "3", "--text-tower", "minilm"],
+        ["--start-size", "64", "--image-size", "32"],
+        ["--start-size", "64", "--image-tower", "vit_b_16", "--image-size", "96"],
         ["--text-tower", "bert2"],
         ["--precision", "fp16", "--device", "cpu"],
         ["--no-such-flag"],
@@ -493,8 +514,7 @@ def test_evaluation_from_the_cache_is_that_from_pixels(
     [
         ["--loss", "siglip", "--schedule", "constant"],
         ["--loss", "triplet", "--schedule", "plateau"],
-        ["--start-size", "32", "--schedule", "linear"],
-        ["--text-tower", "bag", "--text-epochs", "3", "--train-text", "0"],
+        ["--text-tower", "bag", "--pretrain-text", "3", "--train-text", "0"],
         ["--label-smoothing", "0.1", "--schedule", "step", "--ema", "0.5"],
         ["--text-augment", "synonym=0.2,delete=0.2,swap=0.2", "--head", "mlp"],
         ["--image-augment", "strong", "--test-mirror", "--train-text", "1"],

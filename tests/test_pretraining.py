@@ -11,7 +11,7 @@ from test_train import assert_same_run, run_train, start
 import train
 from cli import UserError
 from models import load_checkpoint
-from text_start import caption_pairs, learn_captions
+from pretraining import caption_pairs, pretrain_text
 
 
 def test_pairs_are_two_captions_of_one_image():
@@ -30,12 +30,12 @@ def test_pairs_are_two_captions_of_one_image():
 @pytest.mark.parametrize("tower", ["bag", "transformer", "lstm"])
 def test_captions_of_an_image_come_together(tower, capsys):
     """Captions of image i hold words 4 + i or 10 + i: nothing but the pairs tells that they fit."""
-    given = config(text_tower=tower, batch_size=6, lr=1e-2, text_epochs=40, weight_decay=0.0)
+    given = config(text_tower=tower, batch_size=6, lr=1e-2, pretrain_text=40, weight_decay=0.0)
     model = build(**given)
     tokens = torch.tensor([[2, word + i, 3] for i in range(6) for word in (4, 10)])
     owner = np.repeat(np.arange(6), 2)
     before = [weight.clone() for weight in model.image_tower.parameters()]
-    learn_captions(model, tokens, owner, given)
+    pretrain_text(model, tokens, owner, given)
     made = model.eval().encode_text(tokens)
     cosines = made[0::2] @ made[1::2].T
     assert (cosines.argmax(1) == torch.arange(6)).all()
@@ -44,15 +44,15 @@ def test_captions_of_an_image_come_together(tower, capsys):
 
 
 def test_one_caption_an_image_is_no_start():
-    given = config(text_tower="bag", batch_size=6, text_epochs=1)
+    given = config(text_tower="bag", batch_size=6, pretrain_text=1)
     with pytest.raises(UserError, match="two captions or more"):
-        learn_captions(build(**given), torch.full((5, 3), 4), np.arange(5), given)
+        pretrain_text(build(**given), torch.full((5, 3), 4), np.arange(5), given)
 
 
 def test_a_run_that_goes_on_does_not_start_its_texts_again(
     photo_data: Path, tmp_path: Path, monkeypatch, capsys
 ):
-    cache, more = tmp_path / "cache", ("--text-tower", "bag", "--text-epochs", 2, "--epochs", 3)
+    cache, more = tmp_path / "cache", ("--text-tower", "bag", "--pretrain-text", 2, "--epochs", 3)
     assert run_train(*start(photo_data, tmp_path / "whole", cache, *more)) == 0
     whole = load_checkpoint(tmp_path / "whole" / "last.pt")
     assert "captions alone: 2 epochs" in capsys.readouterr().out
@@ -70,4 +70,4 @@ def test_a_run_that_goes_on_does_not_start_its_texts_again(
     assert run_train("--resume", tmp_path / "run", "--cache", cache) == 0
     assert "captions alone" not in capsys.readouterr().out
     assert_same_run(tmp_path / "whole" / "last.pt", tmp_path / "run" / "last.pt")
-    assert whole["config"]["text_epochs"] == 2
+    assert whole["config"]["pretrain_text"] == 2
