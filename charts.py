@@ -27,7 +27,7 @@ from metrics import KS, TIE, first_captions
 from zeroshot import ZeroShot
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
-PALETTE = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000"]
+PALETTE = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442"]
 GREEN, RED, GREY, INK = PALETTE[2], PALETTE[3], "#777777", "#222222"
 STYLE = {
     **{"font.family": "DejaVu Sans", "font.size": 10, "axes.titlesize": 11, "text.color": INK},
