@@ -150,13 +150,13 @@ def test_pixels_are_normalised_inside_the_model(model):
 
 @pytest.mark.parametrize("width", [8, 100, 193, 200, 300])
 def test_any_width_of_the_transformer(width):
-    tower = towers.TextTransformer(20, 6, width, 1, 0.0).eval()
+    tower = text_towers.TextTransformer(20, 6, width, 1, 0.0).eval()
     assert tower(torch.tensor([text(5, length=6)])).shape == (1, width)
 
 
 def test_heads_of_the_usual_widths_have_64_numbers():
     for width, heads in ((64, 1), (256, 4), (512, 8)):
-        tower = towers.TextTransformer(20, 6, width, 1, 0.0)
+        tower = text_towers.TextTransformer(20, 6, width, 1, 0.0)
         assert tower.blocks.layers[0].self_attn.num_heads == heads
 
 
