@@ -145,7 +145,7 @@ def build_parser() -> Parser:
     flag("--image-size", type=size, help=told)
     told = "pixels in the first epochs, small and fast (default: --image-size)"
     flag("--start-size", type=size, metavar="PIXELS", help=told)
-    told = "epochs at --start-size (default: two thirds of those in which the image tower learns)"
+    told = "epochs at --start-size; 0: two thirds of those in which the image tower learns"
     flag("--start-epochs", type=number(int, 0, 100_000), default=0, metavar="N", help=told)
     told = f"flips, crops, turns, colour ({per_data('image_augment')})"
     flag("--image-augment", choices=AUGMENTATIONS, help=told)
