@@ -45,9 +45,9 @@ def size_in(epoch: int, config: dict[str, Any]) -> int:
     return config["start_size"] if epoch <= config["start_epochs"] else config["image_size"]
 
 
-def unsettled(config: dict[str, Any]) -> int:
-    """How many epochs go by before the last phase at the full image size, whose scores compare."""
-    return max(phases_of(config)[-1].first - 1, config["start_epochs"])
+def unsettled(phase: Phase, config: dict[str, Any]) -> int:
+    """How many epochs go by before those of a phase at the full image size, which compare."""
+    return max(phase.first - 1, config["start_epochs"])
 
 
 def make_scaler(config: dict[str, Any], device: torch.device) -> Any:

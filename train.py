@@ -267,8 +267,8 @@ class Run:
         started, model, average = time.perf_counter(), self.model, self.trainer.average
         record: dict[str, float] = {"epoch": epoch}
         batches = self.texts_of(epoch).epoch(epoch, ahead=self.config["workers"] > 0)
-        first = max(self.trainer.phase.first - 1, self.config["start_epochs"])
-        scores = [past["mean_recall"] for past in self.history[first:]]
+        settled = self.history[unsettled(self.trainer.phase, self.config) :]
+        scores = [past["mean_recall"] for past in settled]
         factor = plateau_factor(scores) if self.config["schedule"] == "plateau" else 1.0
         record |= train_epoch(self.trainer, epoch, batches, factor)
         if average:
@@ -308,7 +308,7 @@ class Run:
     def finished(self) -> bool:
         """All epochs done, or --patience run out in the last phase."""
         done, patience = len(self.history), self.config["patience"]
-        in_phase = done - unsettled(self.config)
+        in_phase = done - unsettled(phases_of(self.config)[-1], self.config)
         idle = patience and in_phase >= patience and self.stale() >= patience
         return done >= self.config["epochs"] or bool(done and idle)
 

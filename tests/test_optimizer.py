@@ -43,11 +43,14 @@ def test_small_pictures_first():
     given = config(image_size=64, start_size=48, epochs=7)
     assert [size_in(epoch, given) for epoch in range(1, 8)] == [48] * 4 + [64] * 3
     assert size_in(5, {**given, "epochs": 70}) == 64  # a run that goes further stays at its size
-    assert unsettled(given) == 4 and unsettled(config(epochs=7)) == 0
+    assert unsettled(phases_of(given)[-1], given) == 4
     assert size_in(1, config(image_size=64, start_size=64, epochs=7)) == 64
     best = {"recipe": "best", "train_image": "all", "image_size": 260}
     late = config(**best, start_size=128, start_epochs=9)
-    assert [size_in(epoch, late) for epoch in (9, 10)] == [128, 260] and unsettled(late) == 9
+    assert [size_in(epoch, late) for epoch in (9, 10)] == [128, 260]
+    assert [unsettled(phase, late) for phase in phases_of(late)] == [9, 9]
+    plain = config(recipe="best", epochs=11, head_epochs=8)
+    assert [unsettled(phase, plain) for phase in phases_of(plain)] == [0, 8]
     with pytest.raises(UserError, match=r"--start-size 80 goes with .* --start-size 64 leaves"):
         config(image_size=64, start_size=80)
 
