@@ -303,6 +303,8 @@ def resolve(typed: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
         level = AUGMENTATIONS[config["image_augment"]]
         config["views"] = 4 if level.area < 1 else 1 + level.flip
     small, whole, heads = config["start_size"], config["image_size"], config["head_epochs"]
+    if small is None and config["start_epochs"]:
+        raise UserError("--start-epochs counts epochs at --start-size, which is not given")
     if small in (None, whole):
         config["start_size"], config["start_epochs"] = None, 0
     elif small > whole or config["train_image"] != "all" or image.build is vit:

@@ -208,7 +208,8 @@ IMAGE_FOLDERS = (
 
 
 def visible(folder: Path) -> list[Path]:
-    return [p for p in sorted(folder.iterdir()) if p.name[0] != "." and p.name != "__MACOSX"]
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [p for p in there if p.name[0] != "." and p.name != "__MACOSX"]
 
 
 def find_files(folder: Path, patterns: Iterable[str]) -> list[Path]:

@@ -389,6 +389,12 @@ def test_split_by_caption_with_flickr8k_names_uses_the_official_lists(tmp_path, 
     assert labels_of(data) == {name: {label} for name, label in table.items()}
 
 
+def test_without_the_shipped_lists_of_flickr8k(tmp_path, load, monkeypatch):
+    monkeypatch.setattr("dataset.OFFICIAL", tmp_path / "taken away")
+    write_course(tmp_path / "data")
+    assert load(tmp_path / "data", "given").splits == "given"
+
+
 def test_course_caption_that_stands_twice(tmp_path, load):
     write_course(tmp_path / "data")
     with (tmp_path / "data" / "captions.txt").open("a") as file:

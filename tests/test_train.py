@@ -300,6 +300,7 @@ def test_resume_refuses_another_model(tiny_run: Path, tmp_path: Path):
         *([flag, "0"] for flag in ("--image-size", "--embed-dim", "--patience", "--max-tokens")),
         ["--image-tower", "resnet1"],
         ["--pretrain-text", "3", "--text-tower", "minilm"],
+        ["--start-epochs", "2"],
         ["--start-size", "64", "--image-size", "32"],
         ["--start-size", "64", "--image-tower", "vit_b_16", "--image-size", "96"],
         ["--text-tower", "bert2"],
