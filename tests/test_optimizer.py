@@ -149,10 +149,20 @@ def test_switches_of_a_recipe_can_be_turned_off():
     assert resolve({"recipe": "best"}, parser.defaults())["test_mirror"] is True
 
 
-def test_the_built_in_data_is_never_mirrored():
-    made = resolve({"recipe": "best", "data": "shapes"}, build_parser().defaults())
+@pytest.mark.parametrize("recipe", ["best", "best-hour"])
+def test_the_built_in_data_is_never_mirrored(recipe):
+    made = resolve({"recipe": recipe, "data": "shapes"}, build_parser().defaults())
     assert made["image_augment"] == "none" and not made["test_mirror"] and not made["map_crop"]
-    assert made["head"] == "mlp"
+    assert made["head"] == "mlp" and made["views"] == 1
+
+
+def test_views_of_a_recipe_are_of_its_own_augmentation():
+    defaults = build_parser().defaults()
+    given = {"recipe": "best-hour", "data": "x"}
+    hour, best = resolve(given, defaults), resolve({**given, "recipe": "best"}, defaults)
+    assert (hour["views"], best["views"]) == (6, 2) and hour["epochs"] > best["epochs"]
+    assert resolve({**given, "image_augment": "mirror"}, defaults)["views"] == 2
+    assert resolve({**given, "image_augment": "mirror", "views": 1}, defaults)["views"] == 1
 
 
 @pytest.mark.parametrize("loss", ["infonce", "siglip", "triplet", "infonce+0.2*triplet"])
