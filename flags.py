@@ -98,7 +98,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "patience": 10,
     },
 }
-# The same with more time: more epochs, which crops of the pictures and smoother targets pay for.
+# `best` with six more epochs, crops of the pictures and label smoothing: an hour.
 RECIPES["best-hour"] = {
     **RECIPES["best"],
     "image_augment": "light",
@@ -106,7 +106,7 @@ RECIPES["best-hour"] = {
     "label_smoothing": 0.1,
     "epochs": 17,
 }
-# The posters' with the words on them, in the space of MiniLM's own sentence embeddings.
+# `posters` with the words on them, in the space of MiniLM's own sentence embeddings.
 RECIPES["posters-best"] = {
     **RECIPES["posters"],
     "poster_text": True,
