@@ -12,11 +12,13 @@ from tqdm import tqdm
 
 from captions import Tokenizer, WordPieces
 from features import opened, views_of
-from models import CLIP
+from models import CLIP, SideBySide
 
 
 @torch.inference_mode()
-def embed_texts(model: CLIP, tokenizer: Tokenizer | WordPieces, texts: list[str]) -> np.ndarray:
+def embed_texts(
+    model: CLIP | SideBySide, tokenizer: Tokenizer | WordPieces, texts: list[str]
+) -> np.ndarray:
     """Unit-length embeddings (len(texts), D), float32; batches of texts of like length."""
     device = model.device
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
@@ -30,7 +32,7 @@ def embed_texts(model: CLIP, tokenizer: Tokenizer | WordPieces, texts: list[str]
 
 @torch.inference_mode()
 def embed_images(
-    model: CLIP,
+    model: CLIP | SideBySide,
     pixels: np.ndarray,
     rows: np.ndarray,
     size: int,
@@ -69,6 +71,7 @@ class Cached(NamedTuple):
     start: int = 0
     texts: np.ndarray | None = None
     readings: np.ndarray | None = None  # what is written on the images
+    beside: tuple[np.ndarray, np.ndarray] | None = None  # embeddings by the towers before this one
 
 
 NOTHING = Cached()

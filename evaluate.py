@@ -34,7 +34,15 @@ from metrics import (
     retrieval_metrics,
     retrieval_ranks,
 )
-from models import CLIP, choose_device, keep_memory, load_checkpoint, model_from_checkpoint
+from models import (
+    CLIP,
+    SideBySide,
+    choose_device,
+    keep_memory,
+    load_checkpoint,
+    model_from_checkpoint,
+    side_by_side,
+)
 from ocr import hide_words, read_words
 from zeroshot import zero_shot
 
@@ -54,7 +62,7 @@ class Embedded:
 
 
 def evaluate_split(
-    model: CLIP,
+    model: CLIP | SideBySide,
     tokenizer: Tokenizer | WordPieces,
     dataset: Dataset,
     split: Split,
@@ -75,6 +83,11 @@ def evaluate_split(
     else:
         texts = embed_texts(model, tokenizer, split.captions)
     model.train(was_training)
+    if cached.beside:
+        images, texts = (
+            side_by_side([torch.from_numpy(before), torch.from_numpy(own)]).numpy()
+            for before, own in zip(cached.beside, (images, texts), strict=True)
+        )
     i2t, t2i = retrieval_ranks(images, texts, split.caption_image)
     metrics = retrieval_metrics(i2t, t2i)
     first = first_captions(split.caption_image)
@@ -102,7 +115,7 @@ class Loaded:
 
     path: Path
     content: dict[str, Any]
-    model: CLIP
+    model: CLIP | SideBySide
     tokenizer: Tokenizer | WordPieces
 
     @property
@@ -329,7 +342,7 @@ def evaluate_films(trained: Loaded, dataset: Dataset, options: Any) -> dict[str,
     model, size = trained.model, trained.transform["image_size"]
     config = {**trained.content["config"], "precision": "fp32"}
     cached = Cached(readings=readings_for(trained, dataset, split, options))
-    if config["train_image"] == "0" and config["views"]:
+    if isinstance(model, CLIP) and config["train_image"] == "0" and config["views"]:
         start, views = len(model.image_blocks), 1 + model.mirror
         given = (split.images, [start], views, config, options.cache, "film")
         kept = image_features(model, dataset, *given)[start]

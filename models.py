@@ -158,6 +158,11 @@ class CLIP(nn.Module):
     def device(self) -> torch.device:
         return self.logit_scale.device
 
+    @property
+    def members(self) -> list["CLIP"]:
+        """Itself alone; see SideBySide."""
+        return [self]
+
     def train_towers(self, image: str, text: str) -> None:
         """Lets the last `image` and `text` blocks learn (0: none, "all": the whole tower)."""
         towers = (
@@ -250,6 +255,63 @@ class CLIP(nn.Module):
         return self.encode_image(images, start, readings), self.encode_text(tokens), self.scale()
 
 
+class SideBySide(nn.Module):
+    """CLIPs of several image towers as one model: a cosine of it is the mean of theirs.
+
+    They share a frozen text tower and are trained one after the other; the first `trained` count.
+    """
+
+    poster_text = None
+
+    def __init__(self, members: list[CLIP]):
+        super().__init__()
+        for member in members[1:]:
+            member.text_tower = members[0].text_tower
+        self.members = nn.ModuleList(members)
+        self.register_buffer("trained", torch.tensor(1))
+
+    @property
+    def device(self) -> torch.device:
+        return self.members[0].device
+
+    @property
+    def mirror(self) -> bool:
+        return self.members[0].mirror
+
+    @property
+    def embed_dim(self) -> int:
+        return self.trained.item() * self.members[0].embed_dim
+
+    def encode_image(
+        self, images: torch.Tensor, start: int = 0, readings: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Pixels (B, 3, H, W) in [0, 1] -> unit length (B, trained * embed_dim); no features."""
+        members = self.members[: self.trained]
+        return side_by_side([member.encode_image(images) for member in members])
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (B, L), 0 where padded -> unit-length embeddings (B, trained * embed_dim)."""
+        features = self.members[0].text_tower(tokens)
+        return side_by_side(
+            [member.encode_text(features) for member in self.members[: self.trained]]
+        )
+
+
+def side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Unit-length embeddings of several widths, put together to unit length again.
+
+    A cosine of the whole is the mean of the parts', each counting by its width.
+    """
+    widths = [part.shape[1] for part in parts]
+    scaled = [part * math.sqrt(width) for part, width in zip(parts, widths, strict=True)]
+    return torch.cat(scaled, 1) / math.sqrt(sum(widths))
+
+
+def image_towers(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The config of each of the towers that --image-tower names with + between them."""
+    return [{**config, "image_tower": name} for name in config["image_tower"].split("+")]
+
+
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
@@ -283,18 +345,21 @@ def build_model(
     tokenizer: Tokenizer | WordPieces,
     text_folder: Path | None = None,
     pretrained: bool = True,
-) -> CLIP:
+) -> CLIP | SideBySide:
     """Builds the model; its random weights come from config["seed"] alone.
 
     With `pretrained` the weights that config["image_weights"] and `text_folder` name are loaded.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
-        model = CLIP(config, transform, len(tokenizer.vocabulary))
+        words = len(tokenizer.vocabulary)
+        members = [CLIP(each, transform, words) for each in image_towers(config)]
     if pretrained and config["image_weights"] != "none":
-        load_image_weights(model.image_tower, config["image_tower"], config["image_weights"])
+        for member, each in zip(members, image_towers(config), strict=True):
+            load_image_weights(member.image_tower, each["image_tower"], config["image_weights"])
     if pretrained and text_folder:
-        load_text_weights(model.text_tower, text_folder)
+        load_text_weights(members[0].text_tower, text_folder)
+    model = members[0] if len(members) == 1 else SideBySide(members)
     return model.to(memory_format=torch.channels_last)
 
 
@@ -393,7 +458,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def model_from_checkpoint(
     content: dict[str, Any], path: Path
-) -> tuple[CLIP, Tokenizer | WordPieces]:
+) -> tuple[CLIP | SideBySide, Tokenizer | WordPieces]:
     """Builds the model and the tokenizer that a checkpoint holds."""
     try:
         config = content["config"]

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from cli import UserError
-from models import CLIP
+from models import CLIP, image_towers
 
 
 class Phase(NamedTuple):
-    """Some epochs in which the same blocks learn; a run has one, or two with --head-epochs."""
+    """Some epochs in which the same blocks learn; a tower has one, or two with --head-epochs."""
 
+    member: int  # of the image towers, which learn one after the other
     first: int
     last: int
     image: str  # how many of the image tower's last blocks learn, or "all"
@@ -28,16 +29,34 @@ class Phase(NamedTuple):
 
 
 def phases_of(config: dict[str, Any]) -> list[Phase]:
-    """Heads first, on frozen pretrained towers, then all that is to learn (Kumar et al. 2022)."""
+    """Heads first, on frozen pretrained towers, then all that is to learn (Kumar et al. 2022).
+
+    With several image towers each in its turn has --epochs.
+    """
     pretrained = [config[f"{tower}_weights"] != "none" for tower in ("image", "text")]
     wanted = [config["train_image"], config["train_text"]]
-    heads, lr, low = config["head_epochs"], config["lr"], config["tower_lr"]
-    if not heads:
-        rates = [low if known else lr for known in pretrained]
-        return [Phase(1, config["epochs"], *wanted, (*rates, lr))]
-    held = ["0" if known else count for known, count in zip(pretrained, wanted, strict=True)]
-    first = Phase(1, min(heads, config["epochs"]), *held, (lr, lr, lr))
-    return [first, Phase(heads + 1, config["epochs"], *wanted, (low, low, low))]
+    heads, epochs, lr, low = (config[f] for f in ("head_epochs", "epochs", "lr", "tower_lr"))
+    if heads:
+        held = ["0" if known else count for known, count in zip(pretrained, wanted, strict=True)]
+        parts = [(min(heads, epochs), held, (lr, lr, lr)), (epochs, wanted, (low, low, low))]
+    else:
+        parts = [(epochs, wanted, (*(low if known else lr for known in pretrained), lr))]
+    phases: list[Phase] = []
+    for member in range(len(image_towers(config))):
+        for last, blocks, rates in parts:
+            first = phases[-1].last + 1 if phases else 1
+            phases.append(Phase(member, first, member * epochs + last, *blocks, rates))
+    return phases
+
+
+def phase_after(done: int, config: dict[str, Any]) -> Phase:
+    """The phase of the epoch that follows `done` epochs."""
+    return next(phase for phase in phases_of(config) if done < phase.last)
+
+
+def all_epochs(config: dict[str, Any]) -> int:
+    """How many epochs a run has: --epochs for each of its image towers."""
+    return phases_of(config)[-1].last
 
 
 def size_in(epoch: int, config: dict[str, Any]) -> int:

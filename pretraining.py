@@ -47,7 +47,7 @@ def pretrain_text(
     model.train_towers("0", "all")
     model.train()
     batches, device, rate = -(-count // config["batch_size"]), model.device, config["lr"]
-    phase = Phase(1, epochs, "0", "all", (0.0, rate, rate))
+    phase = Phase(0, 1, epochs, "0", "all", (0.0, rate, rate))
     optimizer, scaler = build_optimizer(model, config, phase.rates), make_scaler(config, device)
     trainer = Trainer(model, optimizer, scaler, None, config, device, phase, batches, 0)
     bar = tqdm(total=epochs * batches, desc="captions", unit="batch", leave=False, disable=None)

@@ -28,9 +28,9 @@ from charts import draw_curves
 from cli import UserError, atomic_write, run, warn
 from dataset import Batch, Dataset, Feed, Split, limited, load_dataset
 from embedding import NOTHING, Cached
-from evaluate import contrastive_loss, evaluate_split
+from evaluate import Embedded, contrastive_loss, evaluate_split
 from features import image_features, key_of, opened, reading_features, text_features, window
-from flags import MAY_CHANGE, build_parser, resolve
+from flags import build_parser, resolve
 from generalisation import genre_likeness
 from images import augment
 from loss import combined
@@ -38,12 +38,13 @@ from metrics import table_head, table_line
 from models import (
     AUTOCAST,
     CLIP,
+    SideBySide,
     build_model,
     choose_device,
     choose_precision,
+    image_towers,
     image_transform,
     keep_memory,
-    load_checkpoint,
     make_tokenizer,
     model_from_checkpoint,
     save_checkpoint,
@@ -53,9 +54,11 @@ from optimizer import (
     Average,
     Phase,
     Trainer,
+    all_epochs,
     build_optimizer,
     check_spread,
     make_scaler,
+    phase_after,
     phases_of,
     plateau_factor,
     size_in,
@@ -63,6 +66,7 @@ from optimizer import (
     where,
 )
 from pretraining import pretrain_text
+from resuming import restore, resumed
 from text_towers import TEXT_TOWERS, read_text_folder, text_folder
 
 # ------------------------------------------------------------------------------ one epoch
@@ -121,29 +125,6 @@ def write_history(path: Path, history: list[dict[str, float]]) -> None:
         writer.writerows(history)
 
 
-def resumed(typed: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Reads the checkpoint that --resume means: (its path, its content). Raises UserError."""
-    place = Path(typed["resume"] or typed.get("out") or "")
-    if not typed["resume"] and "out" not in typed:
-        raise UserError("--resume needs the run's folder: --resume checkpoints/NAME")
-    path = place / "last.pt" if place.is_dir() else place
-    if not path.is_file():
-        raise UserError(f"--resume: there is no {path}; no epoch of that run was finished")
-    content = load_checkpoint(path)
-    known = build_parser().defaults()  # of flags that are younger than the checkpoint
-    for flag in ("resume", "cache", "out", "device"):
-        del known[flag]
-    config = content["config"] = {**known, **content["config"]}
-    wanted = resolve({**config, **typed}, {})
-    for flag in typed.keys() - set(MAY_CHANGE):
-        if wanted[flag] != config.get(flag):
-            raise UserError(
-                f"--{flag.replace('_', '-')} {typed[flag]} differs from the run's "
-                f"{config.get(flag)}; leave it out, or start a new run with another --out"
-            )
-    return path, content
-
-
 def check_folder(out: Path) -> None:
     """Refuses, before any work is done, a folder that holds a run or cannot be one."""
     held = [name for name in ("last.pt", "best.pt", "history.csv") if (out / name).exists()]
@@ -164,7 +145,7 @@ class Run:
     split: Split
     dev: Split
     tokenizer: Tokenizer | WordPieces
-    model: CLIP
+    model: CLIP | SideBySide
     rewriter: Rewriter | None
     readings: np.ndarray | None  # what is written on every image of the dataset
     since: float  # the clock when the run began, or when its last epoch ended
@@ -173,6 +154,8 @@ class Run:
     feed: Feed | None = None
     cached: Cached = NOTHING  # of dev
     sample: tuple[Split, Cached] | None = None  # of training films, as many as dev has
+    # Embeddings (images, texts) of dev and sample by the image towers that have learned already.
+    beside: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     @cached_property
     def tokens(self) -> list[torch.Tensor]:
@@ -182,12 +165,16 @@ class Run:
 
     def begin(self, phase: Phase) -> None:
         """Sets up a phase: which blocks learn, the features below them, the optimizer."""
-        config, model = self.config, self.model
+        config, model = image_towers(self.config)[phase.member], self.model
         if self.trainer and self.trainer.average:
             self.trainer.average.swap()  # a phase goes on from what was measured and kept
+        if isinstance(model, SideBySide):
+            model.trained.fill_(phase.member + 1)
+        model = model.members[phase.member]
         tokens, dev_tokens = self.tokens
         starts = []
-        for each in [p for p in phases_of(config) if p.first >= phase.first][::-1]:
+        later = [p for p in phases_of(self.config) if p.first >= phase.first]
+        for each in [p for p in later if p.member == phase.member][::-1]:
             model.train_towers(each.image, each.text)  # the last is `phase` itself
             starts.insert(0, model.first_that_learns() if config["views"] else 0)
         images, rows, self.cached = self.dataset.pixels, self.split.images, NOTHING
@@ -264,7 +251,7 @@ class Run:
 
     def epoch(self, epoch: int) -> None:
         """Trains an epoch, measures dev, and keeps the result: checkpoints, history, curves."""
-        started, model, average = time.perf_counter(), self.model, self.trainer.average
+        started, average = time.perf_counter(), self.trainer.average
         record: dict[str, float] = {"epoch": epoch}
         batches = self.texts_of(epoch).epoch(epoch, ahead=self.config["workers"] > 0)
         settled = self.history[unsettled(self.trainer.phase, self.config) :]
@@ -273,16 +260,14 @@ class Run:
         record |= train_epoch(self.trainer, epoch, batches, factor)
         if average:
             average.swap()
-        size = self.config["image_size"]
-        embedded = evaluate_split(model, self.tokenizer, self.dataset, self.dev, size, self.cached)
+        embedded = self.measured(self.dev, self.cached)
         images, texts = embedded.image_embeddings, embedded.text_embeddings
         check_spread(torch.from_numpy(images), torch.from_numpy(texts), f"epoch {epoch}, dev")
-        scale = model.scale().item()
+        scale = self.trainer.model.scale().item()
         record["dev_loss"] = contrastive_loss(embedded, scale, self.config["batch_size"])
         record |= embedded.metrics
         if self.sample:
-            split, cached = self.sample
-            made = evaluate_split(model, self.tokenizer, self.dataset, split, size, cached)
+            made = self.measured(*self.sample)
             record |= {f"train_top1_{w}": made.metrics[f"top1_{w}"] for w in ("i2t", "t2i")}
             record["dev_films"] = len(self.dev.images)
         now, past = time.perf_counter(), self.history[-1]["minutes"] if self.history else 0.0
@@ -298,6 +283,16 @@ class Run:
         footer = f"{self.dataset.layout}, {self.dataset.splits} splits{flatters}"
         draw_curves(self.history, self.out / "curves.png", footer)
 
+    def measured(self, split: Split, cached: Cached) -> Embedded:
+        """What the tower that learns makes of a split, beside those that have learned."""
+        model, size = self.trainer.model, self.config["image_size"]
+        cached = cached._replace(beside=self.beside.get(split.name))
+        made = evaluate_split(model, self.tokenizer, self.dataset, split, size, cached)
+        done = len(self.history) + 1
+        if done % self.config["epochs"] == 0 and done < all_epochs(self.config):
+            self.beside[split.name] = made.image_embeddings, made.text_embeddings
+        return made
+
     def best(self) -> dict[str, float]:
         return max(self.history, key=lambda record: record["mean_recall"])  # the first of equals
 
@@ -310,7 +305,7 @@ class Run:
         done, patience = len(self.history), self.config["patience"]
         in_phase = done - unsettled(phases_of(self.config)[-1], self.config)
         idle = patience and in_phase >= patience and self.stale() >= patience
-        return done >= self.config["epochs"] or bool(done and idle)
+        return done >= all_epochs(self.config) or bool(done and idle)
 
     def content(self) -> dict[str, Any]:
         """What the checkpoint holds: enough to go on in the same bits, and to be evaluated."""
@@ -328,6 +323,9 @@ class Run:
             "optimizer": self.trainer.optimizer.state_dict(),
             "scaler": self.trainer.scaler.state_dict(),
             "history": self.history,
+            "beside": {
+                name: [torch.from_numpy(x) for x in made] for name, made in self.beside.items()
+            },
             "random_states": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "fingerprint": self.dataset.fingerprint,
             "readings": "" if self.readings is None else key_of(self.readings),
@@ -375,8 +373,8 @@ def prepare(
             tokenizer = Tokenizer.train(split.captions, config["min_count"], config["max_tokens"])
         wanted = folder if config["text_weights"] != "none" else None
         model = build_model(config, transform, tokenizer, wanted)
-    model.to(place)
-    model.autocast = AUTOCAST[config["precision"]]
+    for member in model.to(place).members:
+        member.autocast = AUTOCAST[config["precision"]]
     rates = parse_rates(config["text_augment"])
     rewriter = Rewriter(split.captions, split.caption_image, rates) if any(rates.values()) else None
     history = content["history"] if content else []
@@ -393,21 +391,15 @@ def prepare(
         *(readings, since, history),
     )
     if not content and config["pretrain_text"]:
-        pretrain_text(model, run.tokens[0], split.caption_image, config)
-    run.begin(next(p for p in phases_of(config) if len(history) < p.last))
+        pretrain_text(model.members[0], run.tokens[0], split.caption_image, config)
+    if content:
+        run.beside = {
+            name: tuple(x.numpy() for x in made) for name, made in content["beside"].items()
+        }
+    run.begin(phase_after(len(history), config))
     torch.manual_seed(config["seed"])  # dropout draws from torch's own generator
     if content:
-        trainer = run.trainer
-        if len(history) >= trainer.phase.first:  # else the phase begins with the next epoch
-            trainer.optimizer.load_state_dict(content["optimizer"])
-            if content["scaler"]:
-                trainer.scaler.load_state_dict(content["scaler"])
-            if trainer.average:
-                trainer.average.load_state_dict(content["average"])
-                trainer.average.swap()  # the checkpoint's model is the average
-        torch.set_rng_state(content["random_states"]["cpu"])
-        if place.type == "cuda" and content["random_states"]["cuda"]:
-            torch.cuda.set_rng_state_all(content["random_states"]["cuda"])
+        restore(run.trainer, content)
     return run
 
 
@@ -415,7 +407,7 @@ def describe(run: Run) -> str:
     """The line before the table: towers, sizes, precision and what chance would give."""
     config, tokenizer, model = run.config, run.tokenizer, run.model
     weights = list(model.parameters())
-    learned = sum(weight.numel() for weight in weights if weight.requires_grad)
+    learned = sum(w.numel() for w in run.trainer.model.parameters() if w.requires_grad)
     return (
         f"model: {config['image_tower']} at {config['image_size']} px and {config['text_tower']}, "
         f"{sum(weight.numel() for weight in weights):,} weights of which {learned:,} learn at "
@@ -436,7 +428,9 @@ def main(argv: list[str]) -> int:
         path, content = resumed(typed)
         out = path.parent
         config = {**content["config"], **{f: typed[f] for f in ("epochs", "workers") if f in typed}}
-        if content["epoch"] >= config["epochs"] or (content["finished"] and "epochs" not in typed):
+        if content["epoch"] >= all_epochs(config) or (
+            content["finished"] and "epochs" not in typed
+        ):
             told = f"finished after {content['epoch']} epochs; --epochs N goes further"
             print(f"{path}: this run is {told}")
             return 0
@@ -468,7 +462,7 @@ def run_epochs(run: Run) -> int:
     try:
         while not run.finished():
             if len(run.history) == run.trainer.phase.last:
-                run.begin(next(p for p in phases_of(run.config) if p.first > len(run.history)))
+                run.begin(phase_after(len(run.history), run.config))
             run.epoch(len(run.history) + 1)
             print(table_line(run.history[-1]), flush=True)
     except KeyboardInterrupt:
@@ -480,7 +474,7 @@ def run_epochs(run: Run) -> int:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
     best = run.best()
-    if len(run.history) < run.config["epochs"]:
+    if len(run.history) < all_epochs(run.config):
         print(f"stopped early: no better epoch in {run.stale()} (--patience)")
     print(
         f"wrote {run.out}: best.pt (epoch {best['epoch']}, mean recall on dev "

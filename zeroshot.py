@@ -16,7 +16,7 @@ from cli import UserError, warn
 from embedding import embed_images, embed_texts
 from images import EXTENSIONS, decode_all
 from metrics import TIE, recall_at_k
-from models import CLIP
+from models import CLIP, SideBySide
 
 # ------------------------------------------------------------------- pictures of the user's own
 
@@ -35,7 +35,7 @@ def find_pictures(folder: Path) -> list[Path]:
 
 
 def embed_pictures(
-    model: CLIP, paths: list[Path], transform: dict[str, Any], workers: int
+    model: CLIP | SideBySide, paths: list[Path], transform: dict[str, Any], workers: int
 ) -> tuple[np.ndarray, list[Path]]:
     """Decodes and embeds picture files: (embeddings, the paths that could be read, in order).
 
@@ -91,7 +91,10 @@ class ZeroShot:
 
 
 def class_embeddings(
-    model: CLIP, tokenizer: Tokenizer | WordPieces, classes: list[str], templates: list[str]
+    model: CLIP | SideBySide,
+    tokenizer: Tokenizer | WordPieces,
+    classes: list[str],
+    templates: list[str],
 ) -> np.ndarray:
     """One unit-length embedding a class: the mean of its prompts', as in CLIP (section 3.1.4)."""
     prompts = [
@@ -104,7 +107,7 @@ def class_embeddings(
 
 
 def zero_shot(
-    model: CLIP,
+    model: CLIP | SideBySide,
     tokenizer: Tokenizer | WordPieces,
     folder: Path,
     templates_file: Path | None,

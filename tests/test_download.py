@@ -43,9 +43,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(200)
         if server.told != "none":
             self.send_header("Content-Length", str(server.told or len(body) - start))
-        self.end_headers()
         sent = body[start:][: server.cut]
-        server.sent.append(len(sent))
+        server.sent.append(len(sent))  # before the client can answer, and ask anew
+        self.end_headers()
         self.wfile.write(sent)
         self.close_connection = True
 

@@ -27,6 +27,7 @@ from models import (
     load_checkpoint,
     model_from_checkpoint,
     save_checkpoint,
+    side_by_side,
 )
 
 TOKENIZER = Tokenizer([*Tokenizer.SPECIAL, *(f"word{i}" for i in range(30))], 12)
@@ -384,6 +385,33 @@ def test_checkpoint_round_trip(checkpoint):
     original, tokens = build().eval(), torch.tensor([text(5, 6)])
     assert torch.equal(model.eval().encode_text(tokens), original.encode_text(tokens))
     assert torch.equal(model.encode_image(pictures(2)), original.encode_image(pictures(2)))
+
+
+def test_side_by_side_is_the_mean_of_the_cosines(tmp_path):
+    flags = {"image_tower": "resnet18+resnet50", "text_tower": "bag", "train_text": "0"}
+    model, tokens = build(**flags).eval(), torch.tensor([text(5, 6), text(7, 8)])
+    alone = [member.encode_image(pictures(3)) @ member.encode_text(tokens).T
+             for member in model.members]  # fmt: skip
+    for trained in (1, 2):
+        model.trained.fill_(trained)
+        images, texts = model.encode_image(pictures(3)), model.encode_text(tokens)
+        assert images.shape == (3, model.embed_dim) and texts.shape == (2, 16 * trained)
+        np.testing.assert_allclose(images.norm(dim=1).detach(), 1, atol=1e-6)
+        wanted = sum(alone[:trained]) / trained
+        np.testing.assert_allclose((images @ texts.T).detach(), wanted.detach(), atol=1e-6)
+    made = config(**flags)
+    told = {"config": made, "transform": image_transform(made), "vocabulary": TOKENIZER.vocabulary}
+    save_checkpoint(tmp_path / "two.pt", {**told, "model": model.state_dict()})
+    again, _ = model_from_checkpoint(load_checkpoint(tmp_path / "two.pt"), tmp_path / "two.pt")
+    assert torch.equal(again.eval().encode_image(pictures(3)), images)
+    assert torch.equal(again.encode_text(tokens), texts)
+
+
+def test_three_towers_count_alike():
+    parts = [torch.nn.functional.normalize(torch.randn(4, 6), dim=1) for _ in range(3)]
+    twice = side_by_side([side_by_side(parts[:2]), parts[2]])  # as train.py adds one by one
+    torch.testing.assert_close(twice, side_by_side(parts))
+    torch.testing.assert_close(twice @ twice.T, sum(part @ part.T for part in parts) / 3)
 
 
 def test_image_weights_are_not_looked_for_again(checkpoint):

@@ -13,7 +13,9 @@ from loss import info_nce
 from optimizer import (
     SCHEDULES,
     Average,
+    all_epochs,
     learning_rate,
+    phase_after,
     phases_of,
     plateau_factor,
     size_in,
@@ -107,17 +109,30 @@ def test_average_against_a_loop():
 def test_phases():
     plain = config(epochs=7, lr=0.1, tower_lr=0.01)
     (only,) = phases_of(plain)
-    assert only == (1, 7, "all", "all", (0.1, 0.1, 0.1))  # from random weights all learn at --lr
+    assert only == (0, 1, 7, "all", "all", (0.1, 0.1, 0.1))  # from random weights all learn at --lr
     best = config(recipe="best", data="photos", head_epochs=4, epochs=6, lr=0.1, tower_lr=0.01)
     first, second = phases_of(best)
-    assert first == (1, 4, "0", "0", (0.1, 0.1, 0.1))
-    assert second[:2] == (5, 6) and second.image == RECIPES["best"]["train_image"]
+    assert first == (0, 1, 4, "0", "0", (0.1, 0.1, 0.1))
+    assert second[:3] == (0, 5, 6) and second.image == RECIPES["best"]["train_image"]
     assert second.rates == (0.01, 0.01, 0.01)
     mixed = config(
         recipe="best", data="photos", head_epochs=0, text_tower="lstm", lr=0.1, tower_lr=0.01
     )
     assert phases_of(mixed)[0].rates == (0.01, 0.1, 0.1)
     assert phases_of(mixed)[0].text == "all"
+
+
+@pytest.mark.parametrize(("heads", "trained"), [(2, "3"), (0, "3"), (4, "0"), (9, "0")])
+def test_phases_of_two_image_towers(heads: int, trained: str):
+    """Every epoch has a phase, of the tower whose turn it is, with that tower's own blocks."""
+    towers = {"image_tower": "efficientnet_lite2+efficientnet_lite0", "train_image": trained}
+    both = config(recipe="best", data="photos", head_epochs=heads, epochs=4, **towers)
+    assert all_epochs(both) == 8
+    for done in range(8):
+        phase = phase_after(done, both)
+        assert phase.first <= done + 1 <= phase.last and phase.member == done // 4
+        assert phase.image == ("0" if done % 4 < heads else trained)
+        assert phase.first == 1 + 4 * (done // 4) + (heads if done % 4 >= heads else 0)
 
 
 def test_a_flag_by_hand_wins_over_the_recipe():
@@ -154,15 +169,6 @@ def test_the_built_in_data_is_never_mirrored(recipe):
     made = resolve({"recipe": recipe, "data": "shapes"}, build_parser().defaults())
     assert made["image_augment"] == "none" and not made["test_mirror"] and not made["map_crop"]
     assert made["head"] == "mlp" and made["views"] == 1
-
-
-def test_views_of_a_recipe_are_of_its_own_augmentation():
-    defaults = build_parser().defaults()
-    given = {"recipe": "best-hour", "data": "x"}
-    hour, best = resolve(given, defaults), resolve({**given, "recipe": "best"}, defaults)
-    assert (hour["views"], best["views"]) == (6, 2) and hour["epochs"] > best["epochs"]
-    assert resolve({**given, "image_augment": "mirror"}, defaults)["views"] == 2
-    assert resolve({**given, "image_augment": "mirror", "views": 1}, defaults)["views"] == 1
 
 
 @pytest.mark.parametrize("loss", ["infonce", "siglip", "triplet", "infonce+0.2*triplet"])

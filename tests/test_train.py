@@ -293,6 +293,9 @@ def test_resume_refuses_another_model(tiny_run: Path, tmp_path: Path):
 # -------------------------------------------------------------------------------- bad input
 
 
+FROZEN_TEXT = ("--text-tower", "bag", "--train-text", "0", "--image-size", "64")
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -306,6 +309,8 @@ def test_resume_refuses_another_model(tiny_run: Path, tmp_path: Path):
         ),
         *([flag, "0"] for flag in ("--image-size", "--embed-dim", "--patience", "--max-tokens")),
         ["--image-tower", "resnet1"],
+        ["--image-tower", "resnet18+"],
+        ["--start-size", "32", "--image-tower", "resnet18+resnet50", *FROZEN_TEXT],
         ["--pretrain-text", "3", "--text-tower", "minilm"],
         ["--start-epochs", "2"],
         ["--start-size", "64", "--image-size", "32"],
@@ -321,6 +326,20 @@ def test_flags_out_of_range(photo_data: Path, tmp_path: Path, words: list[str]):
         run_train(*start(photo_data, tmp_path / "run", tmp_path / "cache"), *words)
     assert words[0] in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_several_towers_share_a_frozen_text_tower(photo_data: Path, tmp_path: Path):
+    words = start(photo_data, tmp_path / "run", tmp_path / "cache", "--image-tower")
+    with pytest.raises(UserError, match="share a frozen text tower: --train-text 0"):
+        run_train(*words, "resnet18+resnet18")
+
+
+def test_epochs_of_several_towers_stay(photo_data: Path, tmp_path: Path):
+    out, cache = tmp_path / "run", tmp_path / "cache"
+    words = start(photo_data, out, cache, *TWO_TOWERS, "--epochs", 1, "--head-epochs", 0)
+    assert run_train(*words) == 0
+    with pytest.raises(UserError, match="--epochs: the image towers that have learned"):
+        run_train("--resume", out, "--epochs", 2, "--cache", cache)
 
 
 def test_unknown_tower_lists_the_known(photo_data: Path):
@@ -444,11 +463,18 @@ PHASES = (
 )
 
 
-def test_two_phases_stop_and_resume_to_the_same_bits(
-    photo_data: Path, tmp_path: Path, resnet_file: Path
+TWO_TOWERS = (
+    *("--image-tower", "resnet18+resnet18", "--head-epochs", 1, "--epochs", 2),
+    *("--text-tower", "bag", "--train-text", 0),
+)
+
+
+@pytest.mark.parametrize("towers", [(), TWO_TOWERS])
+def test_phases_stop_and_resume_to_the_same_bits(
+    photo_data: Path, tmp_path: Path, resnet_file: Path, towers: tuple
 ):
-    """Stopped after each epoch: inside the first phase, between the phases, inside the second."""
-    words = ["--image-weights", resnet_file, *PHASES]
+    """Stopped after each epoch: inside a phase, between two, and between two towers."""
+    words = ["--image-weights", resnet_file, *PHASES, *towers]
     whole, parts, cache = tmp_path / "whole", tmp_path / "parts", tmp_path / "cache"
     assert run_train(*start(photo_data, whole, cache, *words)) == 0
     real = train.Run.finished
@@ -500,21 +526,28 @@ def test_a_frozen_tower_learns_to_match(
     assert len(cached) == (2 if views else 0)
 
 
+@pytest.mark.parametrize("towers", [(), TWO_TOWERS])
 def test_evaluation_from_the_cache_is_that_from_pixels(
-    photo_data: Path, tmp_path: Path, resnet_file: Path
+    photo_data: Path, tmp_path: Path, resnet_file: Path, towers: tuple
 ):
-    """best.pt, evaluated on dev as a user does, gives the figures of its epoch."""
-    words = ["--image-weights", resnet_file, *PHASES]
+    """last.pt, evaluated on dev as a user does, gives the figures of its epoch."""
+    words = ["--image-weights", resnet_file, *PHASES, *towers]
     out = tmp_path / "run"
     assert run_train(*start(photo_data, out, tmp_path / "cache", *words)) == 0
     told = ["--split", "dev", "--json", tmp_path / "dev.json", "--cache", tmp_path / "cache"]
-    done = script("evaluate.py", out / "best.pt", *told)
+    done = script("evaluate.py", out / "last.pt", *told)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "dev.json").read_text())
-    content = load_checkpoint(out / "best.pt")
-    record = content["history"][content["epoch"] - 1]
+    content = load_checkpoint(out / "last.pt")
+    record = content["history"][-1]
     assert found["mean_recall"] == pytest.approx(record["mean_recall"], abs=4)
     assert found["i2t_meanr"] == pytest.approx(record["i2t_meanr"], rel=0.1)
+    if towers:  # a model of both, each with its head on one text tower
+        assert content["model"]["trained"] == 2 and len(content["history"]) == 4
+        made = [content["model"][f"members.{i}.image_projection.linear.weight"] for i in (0, 1)]
+        assert not torch.equal(*made)
+        shared = [x.data_ptr() for key, x in content["model"].items() if ".text_tower." in key]
+        assert shared and len(set(shared)) == len(shared) / 2  # kept once
 
 
 @pytest.mark.parametrize(
