@@ -27,6 +27,7 @@ from text_towers import TEXT_TOWERS, load_text_weights
 from towers import (
     IMAGE_TOWERS,
     NOT_A_CHECKPOINT,
+    SameConv2d,
     first_line,
     load_image_weights,
 )
@@ -176,6 +177,9 @@ class CLIP(nn.Module):
             learned = [block for block in blocks if any(True for _ in block.parameters())]
             for block in learned[max(0, len(learned) - int(wanted)) :]:
                 block.requires_grad_(True)
+        for module in self.image_tower.modules():  # a bias that a batch norm was folded into stays:
+            if isinstance(module, SameConv2d) and module.bias is not None:
+                module.bias.requires_grad_(False)  # its gradient would take a quarter of the step
 
     def first_that_learns(self) -> int:
         """The place of the first image block with a weight that learns, or how many there are."""
@@ -266,7 +270,7 @@ class SideBySide(nn.Module):
     def __init__(self, members: list[CLIP]):
         super().__init__()
         for member in members[1:]:
-            member.text_tower = members[0].text_tower
+            member.text_tower, member.text_blocks = members[0].text_tower, members[0].text_blocks
         self.members = nn.ModuleList(members)
         self.register_buffer("trained", torch.tensor(1))
 
