@@ -48,20 +48,13 @@ def embed_images(
         batch = torch.from_numpy(pixels[rows[start : start + 100]]).to(device)
         read = batch_of(readings, start, device)
         views = views_of(batch, 1 + model.mirror, size)
-        parts.append(mean_embedding([model.encode_image(view, 0, read) for view in views]))
+        parts.append(model.encode_views(views, 0, read).cpu().numpy())
     return np.concatenate(parts)
 
 
 def batch_of(readings: np.ndarray | None, first: int, device: torch.device) -> torch.Tensor | None:
     """The readings that go with a batch of 100 pictures, where there are any."""
     return None if readings is None else torch.from_numpy(readings[first : first + 100]).to(device)
-
-
-def mean_embedding(made: list[torch.Tensor]) -> np.ndarray:
-    """The mean of some embeddings of the same pictures, unit length again."""
-    if len(made) > 1:
-        made = [torch.nn.functional.normalize(sum(made), dim=-1)]
-    return made[0].cpu().numpy()
 
 
 class Cached(NamedTuple):
@@ -84,6 +77,6 @@ def embed_cached(model: CLIP, cached: Cached) -> np.ndarray:
     for first in range(0, len(cached.images), 100):
         views = torch.from_numpy(cached.images[first : first + 100].copy()).to(model.device)
         read = batch_of(cached.readings, first, model.device)
-        made = [model.encode_image(opened(view), cached.start, read) for view in views.unbind(1)]
-        parts.append(mean_embedding(made))
+        made = model.encode_views(map(opened, views.unbind(1)), cached.start, read)
+        parts.append(made.cpu().numpy())
     return np.concatenate(parts)

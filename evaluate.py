@@ -119,6 +119,13 @@ class Loaded:
     tokenizer: Tokenizer | WordPieces
 
     @property
+    def stage(self) -> str:
+        """How far it has learned: its epoch, and of several image towers how many."""
+        told, members = f"epoch {self.content['epoch']}", self.model.members
+        counted = f", {self.model.trained} of {len(members)} image towers"
+        return told + (counted if len(members) > 1 else "")
+
+    @property
     def transform(self) -> dict[str, Any]:
         return self.content["transform"]
 
@@ -252,7 +259,7 @@ def main(argv: list[str]) -> None:
     if (options.save_embeddings or options.distance_matrix) and options.zero_shot:
         raise UserError("--save-embeddings and --distance-matrix do not go with --zero-shot")
     trained = load_trained(options.checkpoint, options.device)
-    print(f"checkpoint {trained.path}, epoch {trained.content['epoch']}")
+    print(f"checkpoint {trained.path}, {trained.stage}")
     if options.zero_shot:
         evaluate_zero_shot(trained, options.zero_shot, options.templates, options)
         return

@@ -99,10 +99,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "patience": 10,
     },
 }
-# `best` four times over, on three image towers, side by side: an hour.
+# `best` three times over, each time with another image tower, side by side: an hour.
 RECIPES["best-hour"] = {
     **RECIPES["best"],
-    "image_tower": "efficientnet_lite2+efficientnet_lite1+efficientnet_lite0+efficientnet_lite2",
+    "image_tower": "efficientnet_lite2+efficientnet_lite1+efficientnet_lite0",
 }
 # `posters` with the words on them, in the space of MiniLM's own sentence embeddings.
 RECIPES["posters-best"] = {
@@ -156,7 +156,9 @@ def build_parser() -> Parser:
 
     flag = parser.add_argument_group("input").add_argument
     size = number(int, 32, 1024)
-    told = f"pixels, square ({per_data('image_size')}; what a pretrained tower was trained at)"
+    told = (
+        f"pixels, square ({per_data('image_size')}; what the first pretrained tower was trained at)"
+    )
     flag("--image-size", type=size, help=told)
     told = "pixels in the first epochs, small and fast (default: --image-size)"
     flag("--start-size", type=size, metavar="PIXELS", help=told)
@@ -187,7 +189,10 @@ def build_parser() -> Parser:
     flag("--limit", type=number(int, 2, 10**9), metavar="N", help=told)
 
     flag = parser.add_argument_group("model").add_argument
-    told = f"{', '.join(IMAGE_TOWERS)}; with + several, trained one after the other, side by side"
+    told = (
+        f"{', '.join(IMAGE_TOWERS)}; with + several side by side, trained in turn: each stays as "
+    )
+    told += "its last epoch left it"
     flag("--image-tower", type=checked(towers_in), default="resnet18", metavar="NAME", help=told)
     told = "weights to start from: ImageNet's, or a file like theirs (default: imagenet for "
     told += "efficientnet_lite* and vit_b_16, none for resnet*)"
@@ -237,7 +242,7 @@ def build_parser() -> Parser:
     flag("--epochs", type=number(int, 1, 100_000), help=told)
     told = "before the first, N epochs of captions alone: two of one image are an InfoNCE pair"
     flag("--pretrain-text", type=number(int, 0, 100_000), default=0, metavar="N", help=told)
-    told = "in the first N epochs pretrained towers are frozen, what stands above them learns"
+    told = "in its first N epochs a pretrained tower is frozen, what stands above it learns"
     flag("--head-epochs", type=number(int, 0, 100_000), default=0, metavar="N", help=told)
     told = f"images; two at least, for a pair alone has no negatives ({per_data('batch_size')})"
     flag("--batch-size", type=number(int, 2, 65_536), help=told)
@@ -257,7 +262,7 @@ def build_parser() -> Parser:
     flag("--ema", type=number(float, 0, 0.99999), default=0.0, metavar="DECAY", help=told)
     told = "largest norm of the gradient; 0: no clipping"
     flag("--grad-clip", type=number(float, 0, 1e6), default=1.0, help=told)
-    told = "stop after N epochs without a better mean recall on dev"
+    told = "stop the (last) image tower after N epochs without a better mean recall on dev"
     flag("--patience", type=number(int, 1, 100_000), metavar="N", help=told)
     flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all that is random")
     flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -286,6 +291,8 @@ def resolve(typed: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     images = [IMAGE_TOWERS[name] for name in towers_in(config["image_tower"])]
     image, text = images[0], TEXT_TOWERS[config["text_tower"]]
     if config["image_weights"] is None:
+        if any(each.weights != image.weights for each in images):
+            raise UserError("--image-weights: some of these towers bring theirs; imagenet or none?")
         config["image_weights"] = image.weights
     if config["text_weights"] is None:
         config["text_weights"] = "pretrained" if text.folder else "none"
@@ -309,7 +316,10 @@ def resolve(typed: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     if config["poster_text"] and (config["train_text"] != "0" or not text.folder):
         raise UserError("--poster-text goes with a frozen text tower: --text-tower minilm or bert")
     if len(images) > 1 and (config["train_text"] != "0" or config["poster_text"]):
-        raise UserError("several image towers share a frozen text tower: --train-text 0, no words")
+        raise UserError(
+            "several image towers share a frozen text tower: --text-tower minilm, or --train-text "
+            "0 with --pretrain-text N; and --no-poster-text"
+        )
     if config["soft_positives"] != "none" and "infonce" not in config["loss"]:
         raise UserError("--soft-positives goes with --loss infonce")
     if config["pretrain_text"] and config["text_weights"] != "none":

@@ -9,6 +9,7 @@ import math
 import platform
 import shutil
 import sys
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,13 @@ class CLIP(nn.Module):
         made = self.poster_text(made, readings.float(), self.text_projection)
         return F.normalize(made, dim=-1)
 
+    def encode_views(
+        self, views: Iterable[torch.Tensor], start: int = 0, readings: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The mean of the embeddings of some views of the same images, unit length again."""
+        made = [self.encode_image(view, start, readings) for view in views]
+        return made[0] if len(made) == 1 else F.normalize(sum(made), dim=-1)
+
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens (B, L), 0 where padded -> unit-length embeddings (B, embed_dim), float32.
 
@@ -286,19 +294,17 @@ class SideBySide(nn.Module):
     def embed_dim(self) -> int:
         return self.trained.item() * self.members[0].embed_dim
 
-    def encode_image(
-        self, images: torch.Tensor, start: int = 0, readings: torch.Tensor | None = None
+    def encode_views(
+        self, views: Iterable[torch.Tensor], start: int = 0, readings: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Pixels (B, 3, H, W) in [0, 1] -> unit length (B, trained * embed_dim); no features."""
-        members = self.members[: self.trained]
-        return side_by_side([member.encode_image(images) for member in members])
+        """Views of images, (B, 3, H, W) each, to unit length (B, trained * embed_dim)."""
+        views, members = list(views), self.members[: self.trained]
+        return side_by_side([member.encode_views(views, start, readings) for member in members])
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens (B, L), 0 where padded -> unit-length embeddings (B, trained * embed_dim)."""
-        features = self.members[0].text_tower(tokens)
-        return side_by_side(
-            [member.encode_text(features) for member in self.members[: self.trained]]
-        )
+        features, members = self.members[0].text_tower(tokens), self.members[: self.trained]
+        return side_by_side([member.encode_text(features) for member in members])
 
 
 def side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -306,6 +312,8 @@ def side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
 
     A cosine of the whole is the mean of the parts', each counting by its width.
     """
+    if len(parts) == 1:
+        return parts[0]
     widths = [part.shape[1] for part in parts]
     scaled = [part * math.sqrt(width) for part, width in zip(parts, widths, strict=True)]
     return torch.cat(scaled, 1) / math.sqrt(sum(widths))

@@ -44,8 +44,9 @@ def phases_of(config: dict[str, Any]) -> list[Phase]:
     phases: list[Phase] = []
     for member in range(len(image_towers(config))):
         for last, blocks, rates in parts:
-            first = phases[-1].last + 1 if phases else 1
-            phases.append(Phase(member, first, member * epochs + last, *blocks, rates))
+            first, last = phases[-1].last + 1 if phases else 1, member * epochs + last
+            if first <= last:
+                phases.append(Phase(member, first, last, *blocks, rates))
     return phases
 
 

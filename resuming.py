@@ -37,7 +37,7 @@ def resumed(typed: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
             )
     towers = len(image_towers(config))
     if towers > 1 and typed.get("epochs", config["epochs"]) != config["epochs"]:
-        raise UserError("--epochs: the image towers that have learned already had theirs")
+        raise UserError("--epochs: a run of several image towers keeps its own; leave it out")
     return path, content
 
 

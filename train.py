@@ -261,7 +261,8 @@ class Run:
         if average:
             average.swap()
         embedded = self.measured(self.dev, self.cached)
-        images, texts = embedded.image_embeddings, embedded.text_embeddings
+        own = slice(-self.config["embed_dim"], None)  # the others' would hide a collapse
+        images, texts = embedded.image_embeddings[:, own], embedded.text_embeddings[:, own]
         check_spread(torch.from_numpy(images), torch.from_numpy(texts), f"epoch {epoch}, dev")
         scale = self.trainer.model.scale().item()
         record["dev_loss"] = contrastive_loss(embedded, scale, self.config["batch_size"])
@@ -391,7 +392,10 @@ def prepare(
         *(readings, since, history),
     )
     if not content and config["pretrain_text"]:
-        pretrain_text(model.members[0], run.tokens[0], split.caption_image, config)
+        first, *others = model.members
+        pretrain_text(first, run.tokens[0], split.caption_image, config)
+        for member in others:
+            member.text_projection.load_state_dict(first.text_projection.state_dict())
     if content:
         run.beside = {
             name: tuple(x.numpy() for x in made) for name, made in content["beside"].items()
@@ -431,8 +435,8 @@ def main(argv: list[str]) -> int:
         if content["epoch"] >= all_epochs(config) or (
             content["finished"] and "epochs" not in typed
         ):
-            told = f"finished after {content['epoch']} epochs; --epochs N goes further"
-            print(f"{path}: this run is {told}")
+            further = "" if len(image_towers(config)) > 1 else "; --epochs N goes further"
+            print(f"{path}: this run is finished after {content['epoch']} epochs{further}")
             return 0
     else:
         config = resolve(typed, parser.defaults())

@@ -213,7 +213,7 @@ def origin(trained: Loaded, dataset: Dataset | None = None, split: Split | None 
         if seen := evaluate.count_trained_on(trained, dataset, split):
             warn(f"{seen:,} of the {count:,} images evaluated were trained on")
             told += f"{seen:,} of these images were trained on; "
-    told += f"checkpoint {path.parent.name}/{path.name}, epoch {trained.content['epoch']}"
+    told += f"checkpoint {path.parent.name}/{path.name}, {trained.stage}"
     return told + ("; SPLIT BY CAPTION: flatters" if torn else "")
 
 
@@ -251,7 +251,7 @@ def main(argv: list[str]) -> None:
     if options.templates and not options.zero_shot:
         raise UserError("--templates goes with --zero-shot")
     trained = evaluate.load_trained(options.checkpoint, options.device)
-    print(f"checkpoint {trained.path}, epoch {trained.content['epoch']}")
+    print(f"checkpoint {trained.path}, {trained.stage}")
     model, tokenizer, transform = trained.model, trained.tokenizer, trained.transform
     queries, out, workers = checked_queries(options.query, tokenizer), options.out, options.workers
     if options.zero_shot:

@@ -390,11 +390,13 @@ def test_checkpoint_round_trip(checkpoint):
 def test_side_by_side_is_the_mean_of_the_cosines(tmp_path):
     flags = {"image_tower": "resnet18+resnet50", "text_tower": "bag", "train_text": "0"}
     model, tokens = build(**flags).eval(), torch.tensor([text(5, 6), text(7, 8)])
-    alone = [member.encode_image(pictures(3)) @ member.encode_text(tokens).T
-             for member in model.members]  # fmt: skip
+    views, alone = [pictures(3), pictures(3).flip(3)], []
+    for member in model.members:
+        mean = sum(member.encode_image(view) for view in views)
+        alone.append(mean / mean.norm(dim=1, keepdim=True) @ member.encode_text(tokens).T)
     for trained in (1, 2):
         model.trained.fill_(trained)
-        images, texts = model.encode_image(pictures(3)), model.encode_text(tokens)
+        images, texts = model.encode_views(views), model.encode_text(tokens)
         assert images.shape == (3, model.embed_dim) and texts.shape == (2, 16 * trained)
         np.testing.assert_allclose(images.norm(dim=1).detach(), 1, atol=1e-6)
         wanted = sum(alone[:trained]) / trained
@@ -403,7 +405,7 @@ def test_side_by_side_is_the_mean_of_the_cosines(tmp_path):
     told = {"config": made, "transform": image_transform(made), "vocabulary": TOKENIZER.vocabulary}
     save_checkpoint(tmp_path / "two.pt", {**told, "model": model.state_dict()})
     again, _ = model_from_checkpoint(load_checkpoint(tmp_path / "two.pt"), tmp_path / "two.pt")
-    assert torch.equal(again.eval().encode_image(pictures(3)), images)
+    assert torch.equal(again.eval().encode_views(views), images)
     assert torch.equal(again.encode_text(tokens), texts)
 
 

@@ -330,15 +330,17 @@ def test_flags_out_of_range(photo_data: Path, tmp_path: Path, words: list[str]):
 
 def test_several_towers_share_a_frozen_text_tower(photo_data: Path, tmp_path: Path):
     words = start(photo_data, tmp_path / "run", tmp_path / "cache", "--image-tower")
-    with pytest.raises(UserError, match="share a frozen text tower: --train-text 0"):
+    with pytest.raises(UserError, match="share a frozen text tower: --text-tower minilm"):
         run_train(*words, "resnet18+resnet18")
+    with pytest.raises(UserError, match="--image-weights: some of these towers bring theirs"):
+        run_train(*words, "resnet18+efficientnet_lite0", *FROZEN_TEXT)
 
 
 def test_epochs_of_several_towers_stay(photo_data: Path, tmp_path: Path):
     out, cache = tmp_path / "run", tmp_path / "cache"
     words = start(photo_data, out, cache, *TWO_TOWERS, "--epochs", 1, "--head-epochs", 0)
     assert run_train(*words) == 0
-    with pytest.raises(UserError, match="--epochs: the image towers that have learned"):
+    with pytest.raises(UserError, match="--epochs: a run of several image towers"):
         run_train("--resume", out, "--epochs", 2, "--cache", cache)
 
 
