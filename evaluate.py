@@ -121,9 +121,10 @@ class Loaded:
     @property
     def stage(self) -> str:
         """How far it has learned: its epoch, and of several image towers how many."""
-        told, members = f"epoch {self.content['epoch']}", self.model.members
-        counted = f", {self.model.trained} of {len(members)} image towers"
-        return told + (counted if len(members) > 1 else "")
+        told = f"epoch {self.content['epoch']}"
+        if isinstance(self.model, SideBySide):
+            told += f", {self.model.trained} of {len(self.model.members)} image towers"
+        return told
 
     @property
     def transform(self) -> dict[str, Any]:
