@@ -6,6 +6,7 @@ which turns a `UserError` into one line on stderr and exit code 2; a bug keeps i
 
 import argparse
 import contextlib
+import glob
 import os
 import sys
 import tempfile
@@ -120,6 +121,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def sweep(path: Path) -> None:
+    """Deletes what killed processes left of `atomic_write(path)`."""
+    for left in path.parent.glob(f".{glob.escape(path.stem)}-????????{path.suffix}"):
+        left.unlink(missing_ok=True)
 
 
 def warn(message: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cli import UserError
+from cli import UserError, sweep
 from flags import MAY_CHANGE, build_parser, resolve
 from models import image_towers, load_checkpoint
 from optimizer import Trainer
@@ -38,6 +38,8 @@ def resumed(typed: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
     towers = len(image_towers(config))
     if towers > 1 and typed.get("epochs", config["epochs"]) != config["epochs"]:
         raise UserError("--epochs: a run of several image towers keeps its own; leave it out")
+    for name in ("last.pt", "best.pt", "history.csv", "curves.png", "config.json"):
+        sweep(path.with_name(name))
     return path, content
 
 

@@ -173,8 +173,8 @@ class Run:
         model = model.members[phase.member]
         tokens, dev_tokens = self.tokens
         starts = []
-        later = [p for p in phases_of(self.config) if p.first >= phase.first]
-        for each in [p for p in later if p.member == phase.member][::-1]:
+        own = [p for p in phases_of(self.config) if p.member == phase.member]
+        for each in [p for p in own if p.first >= phase.first][::-1]:
             model.train_towers(each.image, each.text)  # the last is `phase` itself
             starts.insert(0, model.first_that_learns() if config["views"] else 0)
         images, rows, self.cached = self.dataset.pixels, self.split.images, NOTHING
