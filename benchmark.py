@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from cli import number, run
+from cli import number, run, warn
 from dataset import Batch
 from evaluate import write_json
 from flags import build_parser, resolve
 from images import augment, decode_all
-from models import keep_memory
+from models import image_towers, keep_memory
 from train import Run, describe, prepare, train_epoch
 
 
@@ -68,6 +68,10 @@ def main(argv: list[str]) -> None:
     keep_memory()
     options = vars(parser.parse_args(argv))
     config = {**resolve(parser.typed(argv), parser.defaults()), "start_epochs": 0}
+    first, *others = image_towers(config)
+    if others:
+        warn(f"of {config['image_tower']} the first is measured, {first['image_tower']}")
+    config["image_tower"] = first["image_tower"]
     with tempfile.TemporaryDirectory() as out:
         trained = prepare(config, Path(out), options["cache"], None, options["device"])
     print(describe(trained))

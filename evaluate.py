@@ -352,7 +352,7 @@ def evaluate_films(trained: Loaded, dataset: Dataset, options: Any) -> dict[str,
     cached = Cached(readings=readings_for(trained, dataset, split, options))
     if isinstance(model, CLIP) and config["train_image"] == "0" and config["views"]:
         start, views = len(model.image_blocks), 1 + model.mirror
-        given = (split.images, [start], views, config, options.cache, "film")
+        given = (split.images, {start: views}, config, options.cache, "film")
         kept = image_features(model, dataset, *given)[start]
         cached = cached._replace(images=kept, start=start)
     made = evaluate_split(model, trained.tokenizer, dataset, split, size, cached)

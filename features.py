@@ -7,7 +7,7 @@ random crops) and trains only what stands above them; an epoch then takes second
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,28 +59,29 @@ def image_features(
     model: CLIP,
     dataset: Dataset,
     rows: np.ndarray,
-    starts: Sequence[int],
-    views: int,
+    views: dict[int, int],
     config: dict[str, Any],
     cache: Path,
     name: str,
 ) -> dict[int, np.ndarray]:
-    """For each start above 0, the input of image block `start`: float16 (len(rows), views, ...).
+    """The input of each image block of `views` but the first: float16 (len(rows), views, ...).
 
-    Feature maps lie channels last, (..., H, W, C), the layout that convolutions are fastest in.
+    `views` says of how many views each is kept. Feature maps lie channels last, (..., H, W, C), the
+    layout that convolutions are fastest in.
     The key holds the weights of all blocks below, the preprocessing, and every picture's content.
     What is missing is computed in one pass.
     """
-    crops = [config["image_augment"]] if views > 2 else []
+    views = {start: count for start, count in sorted(views.items()) if start}
+    crops = [config["image_augment"]] if max(views.values(), default=0) > 2 else []
     preparation = key_of(
         *(model.pixel_mean, model.pixel_std, config["image_size"], config["precision"], crops),
-        *(dataset.pixels.shape[1], views, [dataset.digests[row] for row in rows]),
+        *(dataset.pixels.shape[1], [dataset.digests[row] for row in rows]),
         *(DECODER, config["image_tower"]),
     )
-    folders = {
-        start: f"images-{key_of(preparation, start, *weights_of(model.image_blocks[:start]))}"
-        for start in sorted(set(starts) - {0})
-    }
+    folders = {}
+    for start, count in views.items():
+        below = weights_of(model.image_blocks[:start])
+        folders[start] = f"images-{key_of(preparation, start, count, *below)}"
 
     def build(missing: list[int], made: dict[int, Path]) -> None:
         """Each start gets a folder of its own, and the innermost call fills them all."""
@@ -107,12 +108,13 @@ def write_features(
     model: CLIP,
     dataset: Dataset,
     rows: np.ndarray,
-    views: int,
+    views: dict[int, int],
     config: dict[str, Any],
     folders: dict[int, Path],
     name: str,
 ) -> None:
     """Runs the views of all pictures through the blocks once; fills features.npy of each start."""
+    most = max(views[start] for start in folders)
     size, level = config["image_size"], config["image_augment"]
     bar = tqdm(total=len(rows), desc=f"{name} images", unit="image", leave=False, disable=None)
     with contextlib.ExitStack() as stack:
@@ -124,12 +126,14 @@ def write_features(
         for first in range(0, len(rows), 32):
             pixels = torch.from_numpy(dataset.pixels[rows[first : first + 32]])
             made: dict[int, list[np.ndarray]] = {start: [] for start in folders}
-            for images in views_of(pixels.to(model.device), views, size, level, first):
+            shown = views_of(pixels.to(model.device), most, size, level, first)
+            for view, images in enumerate(shown):
                 x = model.normalised(images)
-                for place, block in enumerate(model.image_blocks[: max(folders)], 1):
+                wanted = [start for start in folders if view < views[start]]
+                for place, block in enumerate(model.image_blocks[: max(wanted)], 1):
                     with model.lower_precision():
                         x = block(x)
-                    if place in made:
+                    if place in wanted:
                         made[place].append(stored(x))
             for start, parts in made.items():
                 batch = np.stack(parts, 1)

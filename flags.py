@@ -13,7 +13,7 @@ from cli import Parser, UserError, number
 from dataset import add_data_flags
 from images import AUGMENTATIONS
 from loss import parse_loss
-from models import HEADS
+from models import HEADS, image_towers
 from optimizer import SCHEDULES
 from text_towers import TEXT_TOWERS
 from towers import IMAGE_TOWERS, resnet, vit
@@ -132,7 +132,7 @@ def checked(parse: Callable[[str], Any]) -> Callable[[str], str]:
 
 def towers_in(text: str) -> list[str]:
     """The image towers that +'s part. Raises UserError."""
-    names = text.split("+")
+    names = [each["image_tower"] for each in image_towers({"image_tower": text})]
     if wrong := [name for name in names if name not in IMAGE_TOWERS]:
         raise UserError(f"{wrong[0]!r} is none of {', '.join(IMAGE_TOWERS)}")
     return names

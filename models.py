@@ -178,9 +178,12 @@ class CLIP(nn.Module):
             learned = [block for block in blocks if any(True for _ in block.parameters())]
             for block in learned[max(0, len(learned) - int(wanted)) :]:
                 block.requires_grad_(True)
-        for module in self.image_tower.modules():  # a bias that a batch norm was folded into stays:
+        for module in self.image_tower.modules():
             if isinstance(module, SameConv2d) and module.bias is not None:
-                module.bias.requires_grad_(False)  # its gradient would take a quarter of the step
+                # A bias that a batch norm was folded into stays, and so does a convolution of each
+                # channel alone: little to learn, and on a CPU their gradients are 2/5 of the step.
+                module.bias.requires_grad_(False)
+                module.weight.requires_grad_(module.weight.requires_grad and module.groups == 1)
 
     def first_that_learns(self) -> int:
         """The place of the first image block with a weight that learns, or how many there are."""

@@ -25,6 +25,16 @@ def test_benchmark_prints_rates_and_their_ratio(photo_data: Path, tmp_path: Path
     assert not list(tmp_path.glob("*.pt"))  # it leaves no run behind
 
 
+def test_of_several_towers_the_first_is_measured(photo_data: Path, tmp_path: Path, capsys):
+    words = ["--data", photo_data, "--cache", tmp_path / "cache", *TINY, "--batches", 2]
+    words += ["--turns", 1, "--pictures", 2, "--image-tower", "resnet18+resnet50"]
+    words += ["--train-text", 0, "--pretrain-text", 1]
+    benchmark.main([str(word) for word in words])
+    told = capsys.readouterr()
+    assert "of resnet18+resnet50 the first is measured, resnet18" in told.err
+    assert "model: resnet18 at" in told.out
+
+
 def test_readme_names_every_flag_of_train():
     readme = (ROOT / "README.md").read_text("utf-8")
     for flag in flags.build_parser().defaults():

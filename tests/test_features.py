@@ -25,10 +25,20 @@ def pictures_of(count: int = 40, seed: int = 0) -> Dataset:
 def kept(model, tmp_path, dataset=None, starts=(10,), views=2, **changes):
     dataset = dataset or pictures_of()
     rows = np.arange(len(dataset.names))
-    made = image_features(
-        model, dataset, rows, starts, views, {**CONFIG, **changes}, tmp_path, "train"
-    )
+    wanted = dict.fromkeys(starts, views)
+    made = image_features(model, dataset, rows, wanted, {**CONFIG, **changes}, tmp_path, "train")
     return [made[start] for start in starts]
+
+
+def test_each_start_has_its_own_count_of_views(tmp_path):
+    model, dataset = build().eval(), pictures_of()
+    given = model, dataset, np.arange(40)
+    made = image_features(*given, {0: 2, 3: 2, 10: 1}, CONFIG, tmp_path, "train")
+    assert {start: x.shape[1] for start, x in made.items()} == {3: 2, 10: 1}
+    alone = image_features(*given, {10: 2}, CONFIG, tmp_path / "alone", "train")[10]
+    assert np.array_equal(made[10][:, 0], alone[:, 0])
+    lower = image_features(*given, {3: 2}, CONFIG, tmp_path / "alone", "train")[3]
+    assert np.array_equal(made[3], lower)
 
 
 @pytest.mark.parametrize("start", [3, 9, 10])

@@ -136,6 +136,20 @@ def test_the_last_blocks_learn():
     assert all(weight.requires_grad for weight in model.text_tower.parameters())
 
 
+def test_of_a_folded_tower_the_pointwise_convolutions_learn():
+    model = build(image_tower="efficientnet_lite0", image_weights="imagenet")
+    model.train_towers("2", "0")
+    known = dict(model.image_tower.named_parameters())
+    learned = {name for name, x in known.items() if x.requires_grad}
+    last = [*model.image_blocks[-3].parameters(), *model.image_blocks[-2].parameters()]
+    chosen = {n for n, x in known.items() if any(x is y for y in last) and n.endswith("weight")}
+    assert learned == {name for name in chosen if known[name].shape[2:] == (1, 1)}
+    assert len(chosen) - len(learned) == 1  # the block's convolution of each channel alone
+    whole = build(image_tower="efficientnet_lite0", image_weights="none")
+    whole.train_towers("all", "0")
+    assert all(weight.requires_grad for weight in whole.image_tower.parameters())
+
+
 def test_statistics_of_a_pretrained_tower_stay(tmp_path):
     path = tmp_path / "resnet18.pth"
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), path)
