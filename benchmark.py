@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     first, *others = image_towers(config)
     if others:
         warn(f"of {config['image_tower']} the first is measured, {first['image_tower']}")
-    config["image_tower"] = first["image_tower"]
+    config = first
     with tempfile.TemporaryDirectory() as out:
         trained = prepare(config, Path(out), options["cache"], None, options["device"])
     print(describe(trained))

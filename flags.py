@@ -13,7 +13,7 @@ from cli import Parser, UserError, number
 from dataset import add_data_flags
 from images import AUGMENTATIONS
 from loss import parse_loss
-from models import HEADS, image_towers
+from models import HEADS
 from optimizer import SCHEDULES
 from text_towers import TEXT_TOWERS
 from towers import IMAGE_TOWERS, resnet, vit
@@ -133,7 +133,7 @@ def checked(parse: Callable[[str], Any]) -> Callable[[str], str]:
 
 def towers_in(text: str) -> list[str]:
     """The image towers that +'s part. Raises UserError."""
-    names = [each["image_tower"] for each in image_towers({"image_tower": text})]
+    names = text.split("+")
     if wrong := [name for name in names if name not in IMAGE_TOWERS]:
         raise UserError(f"{wrong[0]!r} is none of {', '.join(IMAGE_TOWERS)}")
     return names
@@ -142,6 +142,11 @@ def towers_in(text: str) -> list[str]:
 def count_or_all(text: str) -> str:
     """How many of a tower's last blocks train: `all`, or a whole number as text."""
     return text if text == "all" else str(number(int, 0, 1000)(text))
+
+
+def counts(text: str) -> str:
+    """The same for each of several towers that +'s part."""
+    return "+".join(map(count_or_all, text.split("+")))
 
 
 def per_data(flag: str) -> str:
@@ -201,7 +206,8 @@ def build_parser() -> Parser:
     told = (
         "blocks that learn, counted from the last; 0: frozen (default: 0 if pretrained, else all)"
     )
-    flag("--train-image", type=count_or_all, metavar="N|all", help=told)
+    told += "; of several towers for all, or one each: 8+0"
+    flag("--train-image", type=counts, metavar="N|all", help=told)
     told = "the ResNet's first layers; small: 3 x 3 and no pooling, for small pictures"
     flag("--stem", choices=("imagenet", "small"), default="imagenet", help=told)
     flag("--text-tower", choices=TEXT_TOWERS, default="transformer")
@@ -345,7 +351,13 @@ def resolve(typed: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
         )
     elif not config["start_epochs"]:
         config["start_epochs"] = heads + 2 * (config["epochs"] - heads) // 3
-    frozen = config["train_image"] == config["train_text"] == "0"
+    trained = config["train_image"].split("+")
+    if len(trained) not in (1, len(images)):
+        raise UserError(
+            f"--train-image {config['train_image']} does not fit {config['image_tower']}: give one "
+            "count for all, or one for each"
+        )
+    frozen = {*trained, config["train_text"]} == {"0"}
     if config["head_epochs"] >= config["epochs"] and not frozen:
         raise UserError("--head-epochs leaves no epoch for the towers; give more --epochs")
     return config

@@ -323,8 +323,12 @@ def side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def image_towers(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The config of each of the towers that --image-tower names with + between them."""
-    return [{**config, "image_tower": name} for name in config["image_tower"].split("+")]
+    """The config of each of the towers that +'s part, with its own part of --train-image."""
+    names, trained = config["image_tower"].split("+"), config["train_image"].split("+")
+    if len(trained) == 1:
+        trained *= len(names)
+    pairs = zip(names, trained, strict=True)
+    return [{**config, "image_tower": name, "train_image": count} for name, count in pairs]
 
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}

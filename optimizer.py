@@ -31,20 +31,24 @@ class Phase(NamedTuple):
 def phases_of(config: dict[str, Any]) -> list[Phase]:
     """Heads first, on frozen pretrained towers, then all that is to learn (Kumar et al. 2022).
 
-    With several image towers each in its turn has --epochs.
+    With several image towers each in its turn has --epochs; of --train-image 8+0 the second has
+    --head-epochs alone.
     """
     pretrained = [config[f"{tower}_weights"] != "none" for tower in ("image", "text")]
-    wanted = [config["train_image"], config["train_text"]]
     heads, epochs, lr, low = (config[f] for f in ("head_epochs", "epochs", "lr", "tower_lr"))
-    if heads:
-        held = ["0" if known else count for known, count in zip(pretrained, wanted, strict=True)]
-        parts = [(min(heads, epochs), held, (lr, lr, lr)), (epochs, wanted, (low, low, low))]
-    else:
-        parts = [(epochs, wanted, (*(low if known else lr for known in pretrained), lr))]
     phases: list[Phase] = []
-    for member in range(len(image_towers(config))):
+    for member, own in enumerate(image_towers(config)):
+        wanted = [own["train_image"], own["train_text"]]
+        held = ["0" if known else count for known, count in zip(pretrained, wanted, strict=True)]
+        if heads:
+            parts = [(min(heads, epochs), held, (lr, lr, lr)), (epochs, wanted, (low, low, low))]
+            if "+" in config["train_image"] and own["train_image"] == "0":
+                parts = parts[:1]
+        else:
+            parts = [(epochs, wanted, (*(low if known else lr for known in pretrained), lr))]
+        begun = phases[-1].last if phases else 0
         for last, blocks, rates in parts:
-            first, last = phases[-1].last + 1 if phases else 1, member * epochs + last
+            first, last = phases[-1].last + 1 if phases else 1, begun + last
             if first <= last:
                 phases.append(Phase(member, first, last, *blocks, rates))
     return phases

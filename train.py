@@ -179,9 +179,10 @@ class Run:
             starts.insert(0, model.first_that_learns() if config["views"] else 0)
         images, rows, self.cached = self.dataset.pixels, self.split.images, NOTHING
         if start := starts[0]:
-            # Heads that are tuned later learn from whole pictures alone: what the upper blocks make
-            # of the other views would take a fifth of the time of all features.
-            shown = {each: config["views"] if each == min(starts) else 1 for each in starts}
+            # --head-epochs see whole pictures alone: what upper blocks make of others would take
+            # a fifth of the time of all features.
+            above = len(model.image_blocks) if config["head_epochs"] else 0
+            shown = {each: 1 if each == above else config["views"] for each in starts}
             views = {"train": shown, "dev": dict.fromkeys(starts, 1 + config["test_mirror"])}
             images, dev_images = (
                 image_features(
@@ -292,8 +293,8 @@ class Run:
         model, size = self.trainer.model, self.config["image_size"]
         cached = cached._replace(beside=self.beside.get(split.name))
         made = evaluate_split(model, self.tokenizer, self.dataset, split, size, cached)
-        done = len(self.history) + 1
-        if done % self.config["epochs"] == 0 and done < all_epochs(self.config):
+        done, member = len(self.history) + 1, self.trainer.phase.member
+        if done < all_epochs(self.config) and phase_after(done, self.config).member > member:
             self.beside[split.name] = made.image_embeddings, made.text_embeddings
         return made
 

@@ -181,3 +181,15 @@ def test_logit_bias_learns_with_the_sigmoid_loss_alone(loss):
     images, texts, scale = model(pictures(4), torch.tensor([text(i) for i in range(4, 8)]))
     info_nce(images, texts, scale).backward()
     assert model.logit_bias.item() == -10
+
+
+def test_a_tower_beside_that_stays_frozen_has_head_epochs_alone():
+    towers = {"image_tower": "efficientnet_lite2+efficientnet_lite0", "train_image": "8+0"}
+    both = config(recipe="best", data="photos", head_epochs=2, epochs=5, **towers)
+    found = [(p.member, p.first, p.last, p.image) for p in phases_of(both)]
+    assert found == [(0, 1, 2, "0"), (0, 3, 5, "8"), (1, 6, 7, "0")]
+    assert all_epochs(both) == 7
+    plain = config(recipe="best", data="photos", head_epochs=0, epochs=5, **towers)
+    assert [(p.first, p.last, p.image) for p in phases_of(plain)] == [(1, 5, "8"), (6, 10, "0")]
+    with pytest.raises(UserError, match="8\\+0\\+1 does not fit"):
+        config(recipe="best", data="photos", **{**towers, "train_image": "8+0+1"})

@@ -473,7 +473,7 @@ TWO_TOWERS = (
 )
 
 
-@pytest.mark.parametrize("towers", [(), TWO_TOWERS])
+@pytest.mark.parametrize("towers", [(), TWO_TOWERS, (*TWO_TOWERS, "--train-image", "1+0")])
 def test_phases_stop_and_resume_to_the_same_bits(
     photo_data: Path, tmp_path: Path, resnet_file: Path, towers: tuple
 ):
