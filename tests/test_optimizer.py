@@ -140,7 +140,7 @@ def test_a_flag_by_hand_wins_over_the_recipe():
     made = resolve({"recipe": "best", "lr": 0.5, "head": "linear"}, defaults)
     assert (made["lr"], made["head"], made["text_tower"]) == (0.5, "linear", "minilm")
     assert made["recipe"] == "best" and made["image_weights"] == "imagenet"
-    assert made["image_size"] == RECIPES["best"]["image_size"]
+    assert made["image_size"] == 288
     assert made["text_weights"] == "pretrained"
     alone = resolve({"image_tower": "efficientnet_lite2"}, defaults)
     assert alone["image_size"] == 260  # what the tower was trained at
