@@ -6,6 +6,7 @@ visualize.py read it back with `load_checkpoint`. A new projection head is one e
 
 import ctypes
 import math
+import os
 import platform
 import shutil
 import sys
@@ -410,6 +411,13 @@ def keep_memory() -> None:
                 library.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
+def keep_order() -> None:
+    """Lets CUDA sum in one order alone, so that a run done again, or resumed, has the same bits."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # has no such order in its gradient
+
+
 def choose_device(name: str) -> torch.device:
     """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises UserError for what is missing."""
     known = {
@@ -418,9 +426,11 @@ def choose_device(name: str) -> torch.device:
         "cpu": lambda: True,
     }
     if name == "auto":
-        return torch.device(next(device for device, there in known.items() if there()))
+        name = next(device for device, there in known.items() if there())
     if not known[name]():
         raise UserError(f"--device {name}: this machine or this torch has none; use --device auto")
+    if name == "cuda":
+        keep_order()
     return torch.device(name)
 
 

@@ -321,8 +321,15 @@ def test_choose_device(monkeypatch):
     for name in ("cuda", "mps"):
         with pytest.raises(UserError, match=f"--device {name}"):
             choose_device(name)
+    torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_device("auto") == torch.device("cuda")
+    try:
+        assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(True)
 
 
 @pytest.mark.parametrize("tower", ["transformer", "lstm"])

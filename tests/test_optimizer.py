@@ -47,12 +47,12 @@ def test_small_pictures_first():
     assert size_in(5, {**given, "epochs": 70}) == 64  # a run that goes further stays at its size
     assert unsettled(phases_of(given)[-1], given) == 4
     assert size_in(1, config(image_size=64, start_size=64, epochs=7)) == 64
-    best = {"recipe": "best", "train_image": "all", "image_size": 260}
-    late = config(**best, start_size=128, start_epochs=9)
+    one = {"recipe": "best", "image_tower": "efficientnet_lite2", "train_image": "all"}
+    late = config(**one, image_size=260, start_size=128, start_epochs=9)
     assert [size_in(epoch, late) for epoch in (9, 10)] == [128, 260]
     assert [unsettled(phase, late) for phase in phases_of(late)] == [9, 9]
     plain = config(recipe="best", epochs=11, head_epochs=8)
-    assert [unsettled(phase, plain) for phase in phases_of(plain)] == [0, 8]
+    assert [unsettled(phase, plain) for phase in phases_of(plain)] == [0, 8, 11]
     with pytest.raises(UserError, match=r"--start-size 80 goes with .* --start-size 64 leaves"):
         config(image_size=64, start_size=80)
 
@@ -111,12 +111,14 @@ def test_phases():
     (only,) = phases_of(plain)
     assert only == (0, 1, 7, "all", "all", (0.1, 0.1, 0.1))  # from random weights all learn at --lr
     best = config(recipe="best", data="photos", head_epochs=4, epochs=6, lr=0.1, tower_lr=0.01)
-    first, second = phases_of(best)
+    first, second, beside = phases_of(best)
     assert first == (0, 1, 4, "0", "0", (0.1, 0.1, 0.1))
-    assert second[:3] == (0, 5, 6) and second.image == RECIPES["best"]["train_image"]
-    assert second.rates == (0.01, 0.01, 0.01)
+    assert second == (0, 5, 6, "8", "0", (0.01, 0.01, 0.01))
+    assert beside == (1, 7, 10, "0", "0", (0.1, 0.1, 0.1))
     mixed = config(
-        recipe="best", data="photos", head_epochs=0, text_tower="lstm", lr=0.1, tower_lr=0.01
+        **{"recipe": "best", "data": "photos", "image_tower": "efficientnet_lite2"},
+        **{"train_image": "8", "text_tower": "lstm"},
+        **{"head_epochs": 0, "lr": 0.1, "tower_lr": 0.01},
     )
     assert phases_of(mixed)[0].rates == (0.01, 0.1, 0.1)
     assert phases_of(mixed)[0].text == "all"
@@ -133,6 +135,15 @@ def test_phases_of_two_image_towers(heads: int, trained: str):
         assert phase.first <= done + 1 <= phase.last and phase.member == done // 4
         assert phase.image == ("0" if done % 4 < heads else trained)
         assert phase.first == 1 + 4 * (done // 4) + (heads if done % 4 >= heads else 0)
+
+
+def test_what_the_recipes_promise():
+    """The README and report/ablations.md describe these runs."""
+    assert RECIPES["best"]["image_tower"] == "efficientnet_lite2+efficientnet_lite1"
+    assert all_epochs(config(recipe="best", data="photos")) == 9 + 6
+    assert all_epochs(config(recipe="best-hour", data="photos")) == 3 * 11
+    with pytest.raises(UserError, match=r"8\+0 does not fit .*efficientnet_lite0"):
+        config(recipe="best", data="photos", image_tower="efficientnet_lite0")
 
 
 def test_a_flag_by_hand_wins_over_the_recipe():
