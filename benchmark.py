@@ -6,13 +6,13 @@ Trains a few batches as train.py does, then as many from memory (fetched and aug
 clock starts), in turns, so that a change in the machine's speed meets both alike.
 """
 
-import statistics
 import tempfile
 import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cli import number, run, warn
@@ -77,17 +77,14 @@ def main(argv: list[str]) -> None:
     print(describe(trained))
     batches = min(options["batches"], trained.feed.batches())
     loop_rate(trained, 1, min(3, batches))  # the first steps allocate memory
-    loops, memories = [], []
-    for turn in range(1, options["turns"] + 1):
-        loops.append(loop_rate(trained, turn, batches))
-        memories.append(memory_rate(trained, turn, batches))
+    turns = range(1, options["turns"] + 1)
+    rates = [[rate(trained, turn, batches) for rate in (loop_rate, memory_rate)] for turn in turns]
+    loop, memory = np.array(rates).T
     figures: dict[str, Any] = {
-        "loop_images_per_second": statistics.median(loops),
-        "memory_images_per_second": statistics.median(memories),
+        "loop_images_per_second": float(np.median(loop)),
+        "memory_images_per_second": float(np.median(memory)),
         "decoding_images_per_second": decoding_rate(trained, options["pictures"]),
-        "loop_over_memory": statistics.median(
-            loop / memory for loop, memory in zip(loops, memories, strict=True)
-        ),
+        "loop_over_memory": float(np.median(loop / memory)),
     }
     for title, value in figures.items():
         print(f"{title:28}{'none: built-in data' if value is None else f'{value:10.2f}'}")

@@ -89,6 +89,9 @@ class WordPieces:
         )
 
 
+AnyTokenizer = Tokenizer | WordPieces
+
+
 def plain_title(title: str) -> str:
     """`Matrix, The (1999)` -> The Matrix"""
     name = re.sub(r"\s*\(\d{4}\)\s*$", "", title.strip())

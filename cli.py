@@ -8,8 +8,8 @@ import argparse
 import contextlib
 import glob
 import os
+import secrets
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,19 +76,15 @@ def number(
     kind: type, low: float, high: float, above: bool = False
 ) -> Callable[[str], float | int]:
     """An argparse type: a number of `kind` in [low, high], or in (low, high] with `above`."""
+    wanted = "a whole number" if kind is int else "a number"
 
     def parse(text: str) -> float | int:
-        bracket = "(" if above else "["
-        wanted = "a whole number" if kind is int else "a number"
-        told = f"{text!r} is not {wanted} in {bracket}{low:g}, {high:g}]"
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(told) from None
-        inside = low < value <= high if above else low <= value <= high  # nan never is
-        if not inside:
-            raise argparse.ArgumentTypeError(told)
-        return value
+            if low <= value <= high and not (above and value == low):  # nan never is
+                return value
+        told = f"{wanted} in {'(' if above else '['}{low:g}, {high:g}]"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {told}")
 
     return parse
 
@@ -106,15 +102,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent
-        )
-        os.close(handle)
-        temporary = Path(name)
+        made = path.parent / f".{path.stem}-{secrets.token_hex(4)}{path.suffix}"
+        made.touch(exist_ok=False)
+        temporary = made
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only the owner can read
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from PIL import Image
 
 from captions import PAD, without_title
 from cli import HERE, Parser, UserError, number, run, warn
-from images import CACHE, cached_folder, cached_pixels, thumbnail, write_header
+from images import CACHE, cached_folder, cached_pixels, thumbnail
 from layouts import HOW_TO_GET, SPLITS, Row, clean_name, find_images, official_lists, read_folder
 
 SPLIT_SEED = 0  # of --splits random: a constant, so that no --seed trains on another's test images
@@ -116,8 +116,7 @@ def find_twins(
 # -------------------------------------------------------------------------------- dataset
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """The images of one split, as rows of Dataset.pixels, and its captions.
 
     `caption_image[j]` is the position in `images` (not the row of pixels) of caption j.
@@ -163,18 +162,11 @@ class Dataset:
     @property
     def fingerprint(self) -> str:
         """sha256 over image contents, names, captions and splits: equal only for equal data."""
-        hashed = hashlib.sha256(
-            "\n".join(map("|".join, zip(self.names, self.digests, strict=True))).encode(
-                "utf-8", "surrogatepass"
-            )
-        )
-        for caption, image, label in zip(
-            self.captions, self.caption_image, self.labels, strict=True
-        ):
-            hashed.update(f"{image}|{label}|{caption}\n".encode("utf-8", "surrogatepass"))
-        for film in self.films:
-            hashed.update(f"{film.genres}\n".encode("utf-8", "surrogatepass"))
-        return hashed.hexdigest()[:16]
+        text = "\n".join(map("|".join, zip(self.names, self.digests, strict=True)))
+        rows = zip(self.caption_image, self.labels, self.captions, strict=True)
+        text += "".join(f"{image}|{label}|{caption}\n" for image, label, caption in rows)
+        text += "".join(f"{film.genres}\n" for film in self.films)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def summary(self) -> str:
         """One line: layout, counts in all and per split, what was skipped and why, fingerprint."""
@@ -282,21 +274,18 @@ def load_shapes(cache: Path) -> Dataset:
 
     def build(folder: Path) -> None:
         pixels, captions, labels = make_shapes()
-        with (folder / "pixels.npy").open("wb") as file:
-            write_header(file, pixels.shape, np.uint8)
-            file.write(pixels.tobytes())
+        np.save(folder / "pixels.npy", pixels)
         digests = [hashlib.sha256(scene.tobytes()).hexdigest()[:32] for scene in pixels]
         (folder / "index.json").write_text(json.dumps([captions, labels, digests]), "utf-8")
 
     folder = cached_folder(cache, f"shapes-{SIZE}-{key[:12]}", build)
     captions, labels, digests = json.loads((folder / "index.json").read_text("utf-8"))
-    counts = [len(five) for five in captions]
     names = [f"{label}-{row:05d}" for row, label in enumerate(labels)]
     return Dataset(
         "shapes", "built-in", "built-in", names, [],
         np.load(folder / "pixels.npy", mmap_mode="r"), digests,
         [caption for five in captions for caption in five],
-        np.repeat(np.arange(len(captions)), counts), np.repeat(labels, counts),
+        np.repeat(np.arange(len(captions)), 5), np.repeat(labels, 5),
     )  # fmt: skip
 
 
@@ -316,23 +305,20 @@ class Batch(NamedTuple):
     readings: torch.Tensor | None = None  # what is written on them, of features.reading_features
 
 
-@dataclass(frozen=True)
-class Feed:
+class Feed(NamedTuple):
     """The training images and captions, and in which batches an epoch shows them."""
 
     images: np.ndarray  # uint8 pixels (N, S, S, 3), or features (N, views, ...) of features.py
     rows: np.ndarray  # of `images`, for each image of the split
     split: Split
     texts: np.ndarray  # (captions, L) tokens, padded, or (captions, width) features
-    batch_size: int
-    captions_per_image: int
-    seed: int
+    config: dict[str, Any]  # batch_size, captions_per_image and seed count here
     readings: np.ndarray | None = None  # of each image of the split
 
     def batches(self) -> int:
         """As many as --batch-size asks for, but none of a single pair, which teaches nothing."""
         count = len(self.split.images)
-        return max(1, min(-(-count // self.batch_size), count // 2))
+        return max(1, min(-(-count // self.config["batch_size"]), count // 2))
 
     def plan(self, epoch: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(positions of images, their captions) of each batch: a function of seed and epoch.
@@ -341,12 +327,15 @@ class Feed:
         in a seeded order, and every epoch takes the next ones.
         """
         owner = self.split.caption_image
-        shuffled = np.lexsort((np.random.default_rng(self.seed).random(len(owner)), owner))
+        shuffled = np.lexsort(
+            (np.random.default_rng(self.config["seed"]).random(len(owner)), owner)
+        )
         counts = np.bincount(owner)
         starts = np.concatenate([[0], counts.cumsum()[:-1]])
-        turns = (epoch - 1) * self.captions_per_image + np.arange(self.captions_per_image)
+        each = self.config["captions_per_image"]
+        turns = (epoch - 1) * each + np.arange(each)
         captions = shuffled[starts[:, None] + turns % counts[:, None]]  # (images, K)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(counts))
+        order = np.random.default_rng([self.config["seed"], epoch]).permutation(len(counts))
         return [(part, captions[part].ravel()) for part in np.array_split(order, self.batches())]
 
     def fetch(self, planned: tuple[np.ndarray, np.ndarray]) -> Batch:
@@ -360,7 +349,7 @@ class Feed:
             texts = texts[:, : (texts != PAD).sum(1).max()]
         rows = self.rows[images]
         if self.images.dtype == np.float16:
-            random = np.random.default_rng([self.seed, *captions[:4]])
+            random = np.random.default_rng([self.config["seed"], *captions[:4]])
             shown = self.images[rows, random.integers(self.images.shape[1], size=len(rows))]
         else:
             shown = self.images[rows]
@@ -405,24 +394,14 @@ def limited(split: Split, limit: int | None, seed: int) -> Split:
 
 def add_data_flags(parser: Parser, data: str | None, splits: str | None) -> None:
     """The flags that train.py, evaluate.py, visualize.py and dataset.py share."""
-    group = parser.add_argument_group("data")
+    flag = parser.add_argument_group("data").add_argument
     told = "" if data else " (default: what the checkpoint was trained on)"
-    group.add_argument("--data", default=data, help=f"folder with captions, or `shapes`{told}")
-    group.add_argument(
-        "--splits",
-        choices=("auto", "given", "official", "random"),
-        default=splits,
-        help="auto: the data's own if by image, else Flickr8k's lists, else a seeded split",
-    )
-    group.add_argument(
-        "--cache", type=Path, default=CACHE, help="folder of decoded images and features"
-    )
-    group.add_argument(
-        "--workers",
-        type=number(int, 0, 256),
-        default=os.cpu_count() or 1,
-        help="processes that decode images; 0: none, and no thread that fetches batches ahead",
-    )
+    flag("--data", default=data, help=f"folder with captions, or `shapes`{told}")
+    told = "auto: the data's own if by image, else Flickr8k's lists, else a seeded split"
+    flag("--splits", choices=("auto", "given", "official", "random"), default=splits, help=told)
+    flag("--cache", type=Path, default=CACHE, help="folder of decoded images and features")
+    told = "processes that decode images; 0: none, and no thread that fetches batches ahead"
+    flag("--workers", type=number(int, 0, 256), default=os.cpu_count() or 1, help=told)
 
 
 def main(argv: list[str]) -> None:
@@ -431,11 +410,9 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="dataset.py", description=__doc__.split("\n")[0])
     parser.add_argument("path", nargs="?", help="folder to look at (default: what --data names)")
     add_data_flags(parser, data="Flickr8k", splits="auto")
-    group = parser.add_argument_group("download")
-    group.add_argument(
-        "--download", nargs="?", const="Flickr8k", metavar="DIR", help="fetch Flickr8k into DIR"
-    )
-    group.add_argument("--url", action="append", help="zip file to fetch instead; repeatable")
+    flag = parser.add_argument_group("download").add_argument
+    flag("--download", nargs="?", const="Flickr8k", metavar="DIR", help="fetch Flickr8k into DIR")
+    flag("--url", action="append", help="zip file to fetch instead; repeatable")
     options = parser.parse_args(argv)
     if options.url and not options.download:
         raise UserError("--url goes with --download")

@@ -5,17 +5,15 @@ ranks from here. `python evaluate.py [CHECKPOINT]` measures the test split, once
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from captions import Tokenizer, WordPieces
 from cli import Parser, UserError, atomic_write, run, warn
 from dataset import Dataset, Split, add_data_flags, load_dataset
-from embedding import NOTHING, Cached, embed_cached, embed_images, embed_texts
+from embedding import NOTHING, Cached, embed_images, embed_texts
 from features import image_features, reading_features
 from generalisation import (
     GROUPS,
@@ -36,6 +34,7 @@ from metrics import (
 )
 from models import (
     CLIP,
+    Model,
     SideBySide,
     choose_device,
     keep_memory,
@@ -49,8 +48,7 @@ from zeroshot import zero_shot
 # ------------------------------------------------------------------------- a whole split
 
 
-@dataclass(frozen=True)
-class Embedded:
+class Embedded(NamedTuple):
     """A split and its embeddings, the ranks made from them and the metrics of those."""
 
     split: Split
@@ -62,30 +60,25 @@ class Embedded:
 
 
 def evaluate_split(
-    model: CLIP | SideBySide,
-    tokenizer: Tokenizer | WordPieces,
-    dataset: Dataset,
-    split: Split,
-    image_size: int,
-    cached: Cached = NOTHING,
+    model: Model, dataset: Dataset, split: Split, cached: Cached = NOTHING
 ) -> Embedded:
     """Embeds and ranks a split. Leaves the model in the mode in which it was."""
     was_training = model.training
     model.eval()
+    shown = (dataset.pixels, split.images)
     if cached.start:
-        images = embed_cached(model, cached)
-    else:
-        images = embed_images(model, dataset.pixels, split.images, image_size, cached.readings)
+        shown = (cached.images, np.arange(len(cached.images)))
+    images = embed_images(model, *shown, cached.start, cached.readings)
     if cached.texts is not None:
         with torch.inference_mode():
             parts = torch.from_numpy(cached.texts.copy()).to(model.device).split(1000)
             texts = torch.cat([model.encode_text(part) for part in parts]).cpu().numpy()
     else:
-        texts = embed_texts(model, tokenizer, split.captions)
+        texts = embed_texts(model, split.captions)
     model.train(was_training)
     if cached.beside:
         images, texts = (
-            side_by_side([torch.from_numpy(before), torch.from_numpy(own)]).numpy()
+            side_by_side([before, torch.from_numpy(own)]).numpy()
             for before, own in zip(cached.beside, (images, texts), strict=True)
         )
     i2t, t2i = retrieval_ranks(images, texts, split.caption_image)
@@ -109,14 +102,12 @@ def contrastive_loss(embedded: Embedded, scale: float, batch_size: int) -> float
 # ------------------------------------------------------------------------------ the script
 
 
-@dataclass(frozen=True)
-class Loaded:
+class Loaded(NamedTuple):
     """A trained model and what its checkpoint says of it."""
 
     path: Path
     content: dict[str, Any]
-    model: CLIP | SideBySide
-    tokenizer: Tokenizer | WordPieces
+    model: Model
 
     @property
     def stage(self) -> str:
@@ -126,47 +117,45 @@ class Loaded:
             told += f", {self.model.trained} of {len(self.model.members)} image towers"
         return told
 
-    @property
-    def transform(self) -> dict[str, Any]:
-        return self.content["transform"]
-
 
 def load_trained(path: Path | None, device: str) -> Loaded:
-    """Loads a checkpoint, by default the newest checkpoints/*/best.pt. Raises UserError."""
+    """Loads a checkpoint, by default the newest checkpoints/*/best.pt, and prints which.
+
+    Raises UserError.
+    """
     if path is None:
         found = sorted(Path("checkpoints").glob("*/best.pt"), key=lambda p: p.stat().st_mtime)
         if not found:
             raise UserError("no checkpoints/*/best.pt here; name a checkpoint, or run train.py")
         path = found[-1]
     content = load_checkpoint(path)
-    model, tokenizer = model_from_checkpoint(content, path)
-    return Loaded(path, content, model.to(choose_device(device)).eval(), tokenizer)
+    model = model_from_checkpoint(content, path)
+    trained = Loaded(path, content, model.to(choose_device(device)).eval())
+    print(f"checkpoint {path}, {trained.stage}")
+    return trained
 
 
-def load_data_for(
-    trained: Loaded, data: str | None, splits: str | None, cache: Path, workers: int
-) -> Dataset:
-    """Loads the data named, or what the checkpoint was trained on."""
-    config = trained.content["config"]
+def load_data_for(trained: Loaded, options: Any) -> tuple[Dataset, Split]:
+    """The data that the flags name, or what the checkpoint was trained on, and its --split.
+
+    Prints what was loaded. Raises UserError.
+    """
+    config, data = trained.content["config"], options.data
+    splits = options.splits or ("auto" if data else config["splits"])
+    given = splits, trained.model.transform["stored_size"], options.cache, options.workers
     try:
-        return load_dataset(
-            data or config["data"],
-            splits or ("auto" if data else config["splits"]),
-            trained.transform["stored_size"],
-            cache,
-            workers,
-            config["titles"],
-        )
+        dataset = load_dataset(data or config["data"], *given, config["titles"])
     except UserError as error:
         hint = "" if data else " (the data that it was trained on; --data PATH names another place)"
         raise UserError(f"{error}{hint}") from error
+    print(dataset.summary())
+    return dataset, dataset.split(options.split)
 
 
-def count_trained_on(trained: Loaded, dataset: Dataset, split: Split) -> int:
-    """How many of a split's images the model was trained on, by name or by content."""
-    known = trained.content["train_images"]
-    names, digests = set(known["names"]), set(known["digests"])
-    return sum(dataset.names[i] in names or dataset.digests[i] in digests for i in split.images)
+def trained_on(trained: Loaded, dataset: Dataset, images: np.ndarray) -> np.ndarray:
+    """Which of some images the model was trained on, by name or by content."""
+    seen = set().union(*trained.content["train_images"].values())
+    return np.array([bool({dataset.names[i], dataset.digests[i]} & seen) for i in images])
 
 
 def protocol_of(dataset: Dataset, split: Split) -> dict[str, Any]:
@@ -222,19 +211,14 @@ def metrics_table(metrics: dict[str, float], intervals: dict[str, list[float]]) 
 
 def add_model_flags(parser: Parser) -> None:
     """The flags that evaluate.py and visualize.py share."""
-    parser.add_argument(
-        "checkpoint", nargs="?", type=Path, help="default: the newest checkpoints/*/best.pt"
-    )
+    told = "default: the newest checkpoints/*/best.pt"
+    parser.add_argument("checkpoint", nargs="?", type=Path, help=told)
     add_data_flags(parser, data=None, splits=None)
-    group = parser.add_argument_group("what to measure")
-    group.add_argument("--split", choices=("test", "dev", "train"), default="test")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    group.add_argument(
-        "--zero-shot", type=Path, metavar="FOLDER", help="classify a folder of class folders"
-    )
-    group.add_argument(
-        "--templates", type=Path, metavar="FILE", help="prompts, one a line, {} for the class"
-    )
+    flag = parser.add_argument_group("what to measure").add_argument
+    flag("--split", choices=("test", "dev", "train"), default="test")
+    flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    flag("--zero-shot", type=Path, metavar="FOLDER", help="classify a folder of class folders")
+    flag("--templates", type=Path, metavar="FILE", help="prompts, one a line, {} for the class")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -247,27 +231,21 @@ def main(argv: list[str]) -> None:
     keep_memory()
     parser = Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
     add_model_flags(parser)
-    group = parser.add_argument_group("what to write")
-    group.add_argument("--json", type=Path, metavar="FILE", help="the figures and the protocol")
-    group.add_argument(
-        "--save-embeddings", type=Path, metavar="FILE.npz", help="plain arrays, without pickle"
-    )
+    flag = parser.add_argument_group("what to write").add_argument
+    flag("--json", type=Path, metavar="FILE", help="the figures and the protocol")
+    flag("--save-embeddings", type=Path, metavar="FILE.npz", help="plain arrays, without pickle")
     told = "D (N x N), float32: minus the cosine; rows are pictures by name, columns their texts"
-    group.add_argument("--distance-matrix", type=Path, metavar="FILE.npy", help=told)
+    flag("--distance-matrix", type=Path, metavar="FILE.npy", help=told)
     options = parser.parse_args(argv)
     if options.templates and not options.zero_shot:
         raise UserError("--templates goes with --zero-shot")
     if (options.save_embeddings or options.distance_matrix) and options.zero_shot:
         raise UserError("--save-embeddings and --distance-matrix do not go with --zero-shot")
     trained = load_trained(options.checkpoint, options.device)
-    print(f"checkpoint {trained.path}, {trained.stage}")
     if options.zero_shot:
-        evaluate_zero_shot(trained, options.zero_shot, options.templates, options)
-        return
-    dataset = load_data_for(trained, options.data, options.splits, options.cache, options.workers)
-    print(dataset.summary())
-    split = dataset.split(options.split)
-    if seen := count_trained_on(trained, dataset, split):
+        return evaluate_zero_shot(trained.model, options)
+    dataset, split = load_data_for(trained, options)
+    if seen := int(trained_on(trained, dataset, split.images).sum()):
         warn(f"{seen:,} of the {len(split.images):,} images evaluated were trained on")
     if dataset.films and options.split == "test":
         figures = evaluate_films(trained, dataset, options)
@@ -277,13 +255,10 @@ def main(argv: list[str]) -> None:
             about |= {"i2t": told, "t2i": told, "checkpoint": str(trained.path)}
             write_json(options.json, {**figures, "protocol": about})
         return
-    size = trained.transform["image_size"]
     cached = Cached(readings=readings_for(trained, dataset, split, options))
-    embedded = evaluate_split(trained.model, trained.tokenizer, dataset, split, size, cached)
-    if trained.tokenizer.cut:
-        print(
-            f"{trained.tokenizer.cut:,} captions were cut to {trained.tokenizer.max_tokens} tokens"
-        )
+    embedded = evaluate_split(trained.model, dataset, split, cached)
+    if (tokenizer := trained.model.tokenizer).cut:
+        print(f"{tokenizer.cut:,} captions were cut to {tokenizer.max_tokens} tokens")
     intervals = bootstrap_intervals(embedded.i2t, embedded.t2i, split.caption_image)
     protocol = {**protocol_of(dataset, split), "trained_on": seen, "checkpoint": str(trained.path)}
     print(protocol_line(protocol))
@@ -320,14 +295,8 @@ def all_films(trained: Loaded, dataset: Dataset) -> tuple[Split, np.ndarray]:
     rows = rows[first_captions(dataset.caption_image[rows])]
     captions = [dataset.captions[i] for i in rows]
     split = Split("whole", dataset.caption_image[rows], captions, np.arange(len(rows)))
-    known = trained.content["train_images"]
-    seen = {*known["names"], *known["digests"]}
-    labels = [
-        "train" if {dataset.names[image], dataset.digests[image]} & seen
-        else "test" if dataset.labels[row] == "test" else "dev"
-        for row, image in zip(rows, split.images, strict=True)
-    ]  # fmt: skip
-    return split, np.array(labels)
+    seen, test = trained_on(trained, dataset, split.images), dataset.labels[rows] == "test"
+    return split, np.select([seen, test], ["train", "test"], "dev")
 
 
 def readings_for(
@@ -337,7 +306,7 @@ def readings_for(
     if trained.model.poster_text is None:
         return None
     config = {**trained.content["config"], "precision": "fp32"}  # a part of the cache's key
-    given = trained.model, trained.tokenizer, dataset, config, options.cache, options.workers
+    given = trained.model, dataset, config, options.cache, options.workers
     return reading_features(*given)[split.images]
 
 
@@ -347,15 +316,15 @@ def evaluate_films(trained: Loaded, dataset: Dataset, options: Any) -> dict[str,
     The features of a frozen image tower are kept: the next model on the same one is quick.
     """
     split, labels = all_films(trained, dataset)
-    model, size = trained.model, trained.transform["image_size"]
+    model = trained.model
     config = {**trained.content["config"], "precision": "fp32"}
     cached = Cached(readings=readings_for(trained, dataset, split, options))
     if isinstance(model, CLIP) and config["train_image"] == "0" and config["views"]:
-        start, views = len(model.image_blocks), 1 + model.mirror
+        start, views = len(model.image_blocks), 1 + model.transform["mirror"]
         given = (split.images, {start: views}, config, options.cache, "film")
         kept = image_features(model, dataset, *given)[start]
         cached = cached._replace(images=kept, start=start)
-    made = evaluate_split(model, trained.tokenizer, dataset, split, size, cached)
+    made = evaluate_split(model, dataset, split, cached)
     images, texts = made.image_embeddings, made.text_embeddings
     figures, held = generalise(images, texts, labels), np.flatnonzero(labels == "test")
     other = len(labels) - len(held) - int((labels == "train").sum())
@@ -368,7 +337,7 @@ def evaluate_films(trained: Loaded, dataset: Dataset, options: Any) -> dict[str,
         read = read_words(paths, digests, options.cache, options.workers)
         pixels = dataset.pixels[rows]
         hidden = np.stack([hide_words(p, r) for p, r in zip(pixels, read, strict=True)])
-        images = embed_images(model, hidden, np.arange(len(hidden)), size)
+        images = embed_images(model, hidden, np.arange(len(hidden)))
         figures |= masked_figures(images, texts[held])
     print(generalisation_table(figures))
     if options.save_embeddings:
@@ -390,11 +359,9 @@ def told_distances(distances: np.ndarray, file: Path | None) -> dict[str, float]
     return {"distance_diagonal": own, "distance_rest": rest}
 
 
-def evaluate_zero_shot(trained: Loaded, folder: Path, templates: Path | None, options: Any) -> None:
+def evaluate_zero_shot(model: Model, options: Any) -> None:
     """Prints zero-shot accuracies, and writes them to options.json where that is given."""
-    result = zero_shot(
-        trained.model, trained.tokenizer, folder, templates, trained.transform, options.workers
-    )
+    result = zero_shot(model, options.zero_shot, options.templates, options.workers)
     metrics = result.metrics()
     for i, name in enumerate(result.classes):
         count = int((result.truth == i).sum())

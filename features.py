@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from captions import PAD, Tokenizer, WordPieces
+from captions import PAD
 from cli import UserError
 from dataset import Dataset
 from images import DECODER, augment, cached_folder, check_space, resize, write_header
@@ -36,10 +36,6 @@ def key_of(*parts: Any) -> str:
         else:
             hashed.update(json.dumps(part, sort_keys=True).encode("utf-8", "surrogatepass"))
     return hashed.hexdigest()[:20]
-
-
-def weights_of(modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
-    return [value for module in modules for value in module.state_dict().values()]
 
 
 def views_of(
@@ -80,7 +76,7 @@ def image_features(
     )
     folders = {}
     for start, count in views.items():
-        below = weights_of(model.image_blocks[:start])
+        below = torch.nn.Sequential(*model.image_blocks[:start]).state_dict().values()
         folders[start] = f"images-{key_of(preparation, start, count, *below)}"
 
     def build(missing: list[int], made: dict[int, Path]) -> None:
@@ -177,12 +173,7 @@ def text_features(
 
 
 def reading_features(
-    model: CLIP,
-    tokenizer: Tokenizer | WordPieces,
-    dataset: Dataset,
-    config: dict[str, Any],
-    cache: Path,
-    workers: int,
+    model: CLIP, dataset: Dataset, config: dict[str, Any], cache: Path, workers: int
 ) -> np.ndarray:
     """What is written on every picture: float16 (len(dataset.names), readings, text width).
 
@@ -201,9 +192,9 @@ def reading_features(
     }
     made = np.zeros((len(dataset.names), len(READINGS), model.text_width), np.float16)
     if texts:
-        cut = tokenizer.cut
-        tokens = tokenizer(list(texts.values()))
-        tokenizer.cut = cut  # which counts captions
+        cut = model.tokenizer.cut
+        tokens = model.tokenizer(list(texts.values()))
+        model.tokenizer.cut = cut  # which counts captions
         rows, places = np.array(list(texts)).T
         made[rows, places] = text_features(model, tokens, config, cache, "poster")
     lines, pictures = sum(map(len, read)), sum(map(bool, read))

@@ -82,17 +82,13 @@ def generalise(
 
     The keys all_dim0 ... heldout_dim1 are accuracies in percent; `groups` tells the rest.
     """
-    members = {
-        "all": np.ones(len(labels), bool),
-        "train": labels == "train",
-        "heldout": labels == "test",
-    }
+    held = labels == "test"
+    chosen = (np.ones(len(labels), bool), labels == "train", held)
     groups = {
-        name: group_figures(image_embeddings[chosen], text_embeddings[chosen])
-        for name, chosen in members.items()
-        if chosen.sum() > 1
+        name: group_figures(image_embeddings[own], text_embeddings[own])
+        for name, own in zip(GROUPS, chosen, strict=True)
+        if own.sum() > 1
     }
-    held = members["heldout"]
     return {
         **{f"{name}_{dim}": g[dim]["r1"] for name, g in groups.items() for dim in DIRECTIONS},
         "groups": groups,

@@ -14,11 +14,11 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -123,8 +123,7 @@ def cached_folder(cache: Path, name: str, build: Callable[[Path], None]) -> Path
     return folder
 
 
-@dataclass(frozen=True)
-class PixelCache:
+class PixelCache(NamedTuple):
     """The decoded pictures: `pixels` uint8 (N, size, size, 3), memory-mapped.
 
     `digests[i]` is the sha256 of file i, or None where `failed[i]` says why it cannot be read.
@@ -163,9 +162,7 @@ def write_pixels(paths: list[Path], size: int, workers: int, folder: Path) -> No
     digests, failed, blank = [], {}, np.zeros((size, size, 3), np.uint8)
     with (folder / "pixels.npy").open("wb") as file:
         write_header(file, (len(paths), size, size, 3), np.uint8)
-        decoded = decode_all(paths, size, workers)
-        bar = tqdm(decoded, "decoding", len(paths), unit="image", leave=False, disable=None)
-        for row, (pixels, told) in enumerate(bar):
+        for row, (pixels, told) in enumerate(decode_all(paths, size, workers)):
             if pixels is None:
                 failed[row] = told
             digests.append(told if pixels is not None else None)
@@ -194,20 +191,25 @@ def decode_all(
 ) -> Iterable[tuple[np.ndarray | None, str]]:
     """Decodes in order, in `workers` processes where there are pictures enough."""
     work = partial(try_decode, size=size)
-    if workers < 2 or len(paths) < DECODE_IN_PROCESS:
-        yield from map(work, paths)
-        return
-    # Forked workers start at once and do nothing but decode; elsewhere forking is not safe.
+    alone = workers < 2 or len(paths) < DECODE_IN_PROCESS
+    made = map(work, paths) if alone else in_processes(work, paths, workers, 32)
+    return tqdm(made, "decoding", len(paths), unit="image", leave=False, disable=None)
+
+
+def in_processes(
+    work: Callable[[Path], Any], paths: Iterable[Path], workers: int, chunksize: int
+) -> Iterator[Any]:
+    """Yields `work(path)` of each path, in order, from `workers` processes."""
+    # Forked workers start at once and do nothing but `work`; elsewhere forking is not safe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(work, paths, chunksize=32)
+    with ProcessPoolExecutor(workers, context) as pool:
+        yield from pool.map(work, paths, chunksize=chunksize)
 
 
 # ---------------------------------------------------------------------------- whole batches
 
 
-@dataclass(frozen=True)
-class Augmentation:
+class Augmentation(NamedTuple):
     """How much one level of --image-augment changes a picture. Hue stays: captions name colours."""
 
     area: float = 1.0  # the crop covers this share of the picture to all of it

@@ -67,7 +67,8 @@ def read_lines(path: Path, split: str = "") -> Iterator[Row]:
         pairs = (line.partition("\t")[::2] for line in lines)
         rows = [Row(name.rpartition("#")[0] or name, caption, split) for name, caption in pairs]
     elif any("|" in line and is_picture(line.partition("|")[0].strip()) for line in head):
-        rows = [Row(*split_bars(line), split) for line in lines]
+        bars = (line.partition("|")[::2] for line in lines)  # one of Flickr30k lacks the second
+        rows = [Row(name, re.sub(r"^\s*\d+\s*\|?", "", rest), split) for name, rest in bars]
     else:
         rows = [Row(*pair, split) for pair in read_csv(text, path)]
     rows = [row for row in rows if is_picture(row.image.strip())]  # drops the header
@@ -77,12 +78,6 @@ def read_lines(path: Path, split: str = "") -> Iterator[Row]:
             f"or `image.jpg| 0| caption`; {HOW_TO_GET}"
         )
     yield from rows
-
-
-def split_bars(line: str) -> tuple[str, str]:
-    """`a.jpg| 0| A dog` -> (a.jpg, A dog); in one row of Flickr30k the second bar is missing."""
-    name, _, rest = line.partition("|")
-    return name, re.sub(r"^\s*\d+\s*\|?", "", rest)
 
 
 def read_csv(text: str, path: Path) -> Iterator[tuple[str, str]]:

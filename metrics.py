@@ -88,11 +88,8 @@ def bootstrap_intervals(
     """
     generator, count = np.random.default_rng(0), len(i2t)
     captions = np.bincount(caption_image, minlength=count)
-    hits = np.stack(
-        [i2t <= k for k in KS]
-        + [np.bincount(caption_image, t2i <= k, minlength=count) for k in KS],
-        axis=1,
-    ).astype(np.float64)
+    found = [np.bincount(caption_image, t2i <= k, minlength=count) for k in KS]
+    hits = np.stack([i2t <= k for k in KS] + found, axis=1).astype(np.float64)
     sizes = np.stack([np.ones(count)] * 3 + [captions] * 3, axis=1)
     draws = np.empty((resamples, 6))
     for row in range(resamples):

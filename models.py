@@ -21,7 +21,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from captions import Tokenizer, WordPieces
+from captions import AnyTokenizer, Tokenizer, WordPieces
 from cli import UserError, atomic_write
 from images import AUGMENTATIONS
 from ocr import READINGS
@@ -131,10 +131,10 @@ class CLIP(nn.Module):
 
     MAX_SCALE = 100.0
 
-    def __init__(self, config: dict[str, Any], transform: dict[str, Any], vocabulary: int):
+    def __init__(self, config: dict[str, Any], transform: dict[str, Any], tokenizer: AnyTokenizer):
         super().__init__()
         images = IMAGE_TOWERS[config["image_tower"]].build(config["image_tower"], config)
-        texts = TEXT_TOWERS[config["text_tower"]].build(config, vocabulary)
+        texts = TEXT_TOWERS[config["text_tower"]].build(config, len(tokenizer.vocabulary))
         embed_dim = config["embed_dim"]
         self.image_tower, self.text_tower = images.module, texts.module
         self.image_blocks, self.text_blocks = images.blocks, texts.blocks
@@ -152,7 +152,7 @@ class CLIP(nn.Module):
         self.autocast: torch.dtype | None = None  # of the towers in training; None: float32
         self.always_lower = False  # features.py sets it: frozen blocks as training would run them
         self.pretrained = config["image_weights"] != "none"
-        self.mirror = transform["mirror"]
+        self.transform, self.tokenizer = transform, tokenizer
         for name in ("mean", "std"):
             value = torch.tensor(transform[name]).view(1, 3, 1, 1)
             self.register_buffer(f"pixel_{name}", value, persistent=False)
@@ -202,12 +202,9 @@ class CLIP(nn.Module):
         super().train(mode)
         for module in list(self.modules())[1:]:  # without the model itself, whose eval() leads here
             weights = list(module.parameters())
-            if weights and not any(weight.requires_grad for weight in weights):
+            settled = self.pretrained and isinstance(module, nn.BatchNorm2d)
+            if settled or (weights and not any(weight.requires_grad for weight in weights)):
                 module.eval()
-        if self.pretrained:
-            for module in self.image_tower.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
         return self
 
     def normalised(self, images: torch.Tensor) -> torch.Tensor:
@@ -222,12 +219,9 @@ class CLIP(nn.Module):
         are of the words on the images, for a model that reads.
         """
         with self.lower_precision():
-            if start:
-                features = images
-                for block in self.image_blocks[start:]:
-                    features = block(features)
-            else:
-                features = self.image_tower(self.normalised(images))
+            features = images if start else self.normalised(images)
+            for block in self.image_blocks[start:]:
+                features = block(features)
         made = F.normalize(self.image_projection(features.float()), dim=-1)
         if self.poster_text is None or readings is None:
             return made
@@ -284,15 +278,12 @@ class SideBySide(nn.Module):
         for member in members[1:]:
             member.text_tower, member.text_blocks = members[0].text_tower, members[0].text_blocks
         self.members = nn.ModuleList(members)
+        self.transform, self.tokenizer = members[0].transform, members[0].tokenizer
         self.register_buffer("trained", torch.tensor(1))
 
     @property
     def device(self) -> torch.device:
         return self.members[0].device
-
-    @property
-    def mirror(self) -> bool:
-        return self.members[0].mirror
 
     @property
     def embed_dim(self) -> int:
@@ -309,6 +300,9 @@ class SideBySide(nn.Module):
         """tokens (B, L), 0 where padded -> unit-length embeddings (B, trained * embed_dim)."""
         features, members = self.members[0].text_tower(tokens), self.members[: self.trained]
         return side_by_side([member.encode_text(features) for member in members])
+
+
+Model = CLIP | SideBySide
 
 
 def side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -352,7 +346,7 @@ def image_transform(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def make_tokenizer(config: dict[str, Any], vocabulary: list[str]) -> Tokenizer | WordPieces:
+def make_tokenizer(config: dict[str, Any], vocabulary: list[str]) -> AnyTokenizer:
     """The tokenizer that the text tower reads."""
     if "text_architecture" in config:
         return WordPieces(vocabulary, config["max_tokens"], config["text_lower_case"])
@@ -362,18 +356,17 @@ def make_tokenizer(config: dict[str, Any], vocabulary: list[str]) -> Tokenizer |
 def build_model(
     config: dict[str, Any],
     transform: dict[str, Any],
-    tokenizer: Tokenizer | WordPieces,
+    tokenizer: AnyTokenizer,
     text_folder: Path | None = None,
     pretrained: bool = True,
-) -> CLIP | SideBySide:
+) -> Model:
     """Builds the model; its random weights come from config["seed"] alone.
 
     With `pretrained` the weights that config["image_weights"] and `text_folder` name are loaded.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["seed"])
-        words = len(tokenizer.vocabulary)
-        members = [CLIP(each, transform, words) for each in image_towers(config)]
+        members = [CLIP(each, transform, tokenizer) for each in image_towers(config)]
     if pretrained and config["image_weights"] != "none":
         for member, each in zip(members, image_towers(config), strict=True):
             load_image_weights(member.image_tower, each["image_tower"], config["image_weights"])
@@ -420,14 +413,10 @@ def keep_order() -> None:
 
 def choose_device(name: str) -> torch.device:
     """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises UserError for what is missing."""
-    known = {
-        "cuda": torch.cuda.is_available,
-        "mps": torch.backends.mps.is_available,
-        "cpu": lambda: True,
-    }
+    known = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if name == "auto":
-        name = next(device for device, there in known.items() if there())
-    if not known[name]():
+        name = next((device for device, there in known.items() if there()), "cpu")
+    if name in known and not known[name]():
         raise UserError(f"--device {name}: this machine or this torch has none; use --device auto")
     if name == "cuda":
         keep_order()
@@ -445,12 +434,8 @@ def save_checkpoint(path: Path, content: dict[str, Any], copy: Path | None = Non
     When the process dies in between, `path` is still the older one, and redoing its epoch writes
     the same `copy` again.
     """
-    versions = {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
-        "numpy": str(np.__version__),
-    }
+    used = {module.__name__: str(module.__version__) for module in (torch, torchvision, np)}
+    versions = {"python": platform.python_version(), **used}
     with atomic_write(path) as temporary:
         try:
             torch.save(
@@ -485,10 +470,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def model_from_checkpoint(
-    content: dict[str, Any], path: Path
-) -> tuple[CLIP | SideBySide, Tokenizer | WordPieces]:
-    """Builds the model and the tokenizer that a checkpoint holds."""
+def model_from_checkpoint(content: dict[str, Any], path: Path) -> Model:
+    """Builds the model, with its tokenizer, that a checkpoint holds."""
     try:
         config = content["config"]
         tokenizer = make_tokenizer(config, content["vocabulary"])
@@ -496,4 +479,4 @@ def model_from_checkpoint(
         model.load_state_dict(content["model"])
     except NOT_A_CHECKPOINT as error:
         raise UserError(f"{path} holds another model: {first_line(error)}") from error
-    return model, tokenizer
+    return model

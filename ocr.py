@@ -7,12 +7,9 @@ features.py embeds them with the text tower, models.py fuses them with the pictu
 import importlib.util
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import cache as once
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cli import UserError, warn
-from images import open_picture
+from images import in_processes, open_picture
 
 READER = "1"  # part of the cache's name: raise it when `read_picture` gives other lines
 SHORTER = 400  # pixels: small posters are enlarged to it, as the reader wants letters of 30 or so
@@ -47,26 +44,21 @@ def reader() -> Any:
     return RapidOCR(intra_op_num_threads=1, inter_op_num_threads=1)
 
 
-def try_reading(path: Path) -> tuple[list[Line] | None, str]:
-    """The lines on a picture, or None and why it cannot be read."""
+def read_picture(path: Path) -> tuple[list[Line] | None, str]:
+    """The lines on a picture, the tallest first; or None, and why it cannot be read."""
+    lines = []
     try:
-        return read_picture(path), ""
+        image = open_picture(path)
+        scale = min(max(1.0, SHORTER / min(image.size)), 4 * SHORTER / max(image.size))
+        wide, high = (round(side * scale) for side in image.size)
+        pixels = np.asarray(image.resize((wide, high), Image.Resampling.BICUBIC))
+        found, _ = reader()(pixels[:, :, ::-1])  # it takes blue, green, red
+        for corners, text, score in found or []:
+            box = [*np.min(corners, 0) / (wide, high), *np.max(corners, 0) / (wide, high)]
+            lines.append(Line(text, round(float(score), 4), tuple(round(float(x), 4) for x in box)))
     except Exception as error:  # of Pillow, OpenCV or the engine; each has its own
         return None, " ".join(str(error).split())[:80] or type(error).__name__
-
-
-def read_picture(path: Path) -> list[Line]:
-    """The lines on a picture, the tallest first."""
-    image = open_picture(path)
-    scale = min(max(1.0, SHORTER / min(image.size)), 4 * SHORTER / max(image.size))
-    wide, high = (round(side * scale) for side in image.size)
-    pixels = np.asarray(image.resize((wide, high), Image.Resampling.BICUBIC))
-    found, _ = reader()(pixels[:, :, ::-1])  # it takes blue, green, red
-    lines = []
-    for corners, text, score in found or []:
-        box = [*np.min(corners, 0) / (wide, high), *np.max(corners, 0) / (wide, high)]
-        lines.append(Line(text, round(float(score), 4), tuple(round(float(x), 4) for x in box)))
-    return sorted(lines, key=lambda line: -line.height)
+    return sorted(lines, key=lambda line: -line.height), ""
 
 
 def read_words(
@@ -86,15 +78,10 @@ def read_words(
     missing = {digest: path for path, digest in zip(paths, digests, strict=True)}
     missing = {digest: path for digest, path in missing.items() if digest not in known}
     if missing:
-        # Forked readers start at once; elsewhere forking is not safe.
-        context = get_context("fork" if sys.platform == "linux" else "spawn")
+        made = in_processes(read_picture, missing.values(), max(1, workers), 4)
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            with (
-                file.open("a", encoding="utf-8") as kept,
-                ProcessPoolExecutor(max(1, workers), context) as pool,
-            ):
-                made = pool.map(try_reading, missing.values(), chunksize=4)
+            with file.open("a", encoding="utf-8") as kept:
                 bar = tqdm(made, "reading", len(missing), unit="poster", leave=False, disable=None)
                 for digest, (lines, told) in zip(missing, bar, strict=True):
                     if lines is None:

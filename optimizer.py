@@ -6,6 +6,7 @@ the share of the steps that are done.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -74,12 +75,6 @@ def unsettled(phase: Phase, config: dict[str, Any]) -> int:
     return max(phase.first - 1, config["start_epochs"])
 
 
-def make_scaler(config: dict[str, Any], device: torch.device) -> Any:
-    """A GradScaler, which does nothing unless the precision is fp16."""
-    kind = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
-    return kind(enabled=config["precision"] == "fp16" and device.type == "cuda")
-
-
 def build_optimizer(
     model: CLIP, config: dict[str, Any], rates: tuple[float, float, float]
 ) -> torch.optim.AdamW:
@@ -87,19 +82,15 @@ def build_optimizer(
 
     Each group holds its peak learning rate as `peak`.
     """
-    groups = []
-    for tower, peak in zip(("image_tower.", "text_tower.", ""), rates, strict=True):
-        for decays in (True, False):
-            chosen = [
-                weight
-                for name, weight in model.named_parameters()
-                if weight.requires_grad
-                and (weight.ndim >= 2) == decays
-                and (name.startswith(tower) if tower else "_tower." not in name)
-            ]
-            decay = config["weight_decay"] if decays else 0.0
-            if chosen:
-                groups.append({"params": chosen, "weight_decay": decay, "peak": peak})
+    chosen = defaultdict(list)  # (the place of its rate, whether it is spared the decay) -> weights
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            place = {"image_tower": 0, "text_tower": 1}.get(name.partition(".")[0], 2)
+            chosen[place, weight.ndim < 2].append(weight)
+    groups = [
+        {"params": own, "weight_decay": 0.0 if spared else config["weight_decay"], "peak": rates[i]}
+        for (i, spared), own in sorted(chosen.items())
+    ]
     return torch.optim.AdamW(groups, lr=config["lr"], betas=(0.9, 0.98))
 
 
@@ -178,15 +169,19 @@ class Trainer:
     """What changes from step to step in a phase."""
 
     model: CLIP
-    optimizer: torch.optim.Optimizer
-    scaler: Any  # a GradScaler, which does nothing unless the precision is fp16
-    average: Average | None  # of the weights, with --ema
     config: dict[str, Any]
-    device: torch.device
     phase: Phase
     steps: int  # in an epoch
-    start: int  # the image block that the feed's features are the input of; 0: pixels
+    start: int = 0  # the image block that the feed's features are the input of; 0: pixels
+    average: Average | None = None  # of the weights, with --ema
     alike: torch.Tensor | None = None  # (images, images) in [0, 1], with --soft-positives
+
+    def __post_init__(self) -> None:
+        self.device = self.model.device
+        self.optimizer = build_optimizer(self.model, self.config, self.phase.rates)
+        kind = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
+        half = self.config["precision"] == "fp16" and self.device.type == "cuda"
+        self.scaler = kind(enabled=half)  # does nothing unless the precision is fp16
 
     def set_rates(self, step: int, factor: float) -> float:
         """Sets every group's learning rate for a step of the phase; returns the largest."""
@@ -213,10 +208,6 @@ class Trainer:
 
 
 WHAT_THEN = "training is stopped, the last checkpoint is intact; try a lower --lr or more --warmup"
-
-
-def where(epoch: int, index: int) -> str:
-    return f"epoch {epoch}, batch {index + 1}"
 
 
 def check_spread(images: torch.Tensor, texts: torch.Tensor, place: str) -> None:

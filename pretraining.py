@@ -16,7 +16,7 @@ from captions import PAD
 from cli import UserError
 from loss import info_nce
 from models import CLIP
-from optimizer import Phase, Trainer, build_optimizer, make_scaler
+from optimizer import Phase, Trainer
 
 
 def caption_pairs(caption_image: np.ndarray, random: np.random.Generator) -> np.ndarray:
@@ -46,10 +46,9 @@ def pretrain_text(
     torch.manual_seed(config["seed"])
     model.train_towers("0", "all")
     model.train()
-    batches, device, rate = -(-count // config["batch_size"]), model.device, config["lr"]
+    batches, rate = -(-count // config["batch_size"]), config["lr"]
     phase = Phase(0, 1, epochs, "0", "all", (0.0, rate, rate))
-    optimizer, scaler = build_optimizer(model, config, phase.rates), make_scaler(config, device)
-    trainer = Trainer(model, optimizer, scaler, None, config, device, phase, batches, 0)
+    trainer = Trainer(model, config, phase, batches)
     bar = tqdm(total=epochs * batches, desc="captions", unit="batch", leave=False, disable=None)
     with bar:
         for epoch in range(epochs):
@@ -59,7 +58,7 @@ def pretrain_text(
             ):
                 trainer.set_rates(epoch * batches + index, 1.0)
                 both = tokens[pairs.T.ravel()]
-                made = model.encode_text(both[:, : (both != PAD).sum(1).max()].to(device))
+                made = model.encode_text(both[:, : (both != PAD).sum(1).max()].to(model.device))
                 loss = info_nce(*made.chunk(2), 1 / config["temperature"])
                 if not math.isfinite(loss.item()):
                     raise UserError(f"--pretrain-text: the loss is {loss.item()}; try a lower --lr")

@@ -5,6 +5,7 @@ The built-in data, a stand-in for photographs; dataset.py calls make_shapes."""
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -66,8 +67,7 @@ class Thing:  # in the words that are the keys of WORDS
     place: str
 
 
-@dataclass(frozen=True)
-class Scene:  # with "" for some words, a description that leaves those open
+class Scene(NamedTuple):  # with "" for some words, a description that leaves those open
     ground: tuple[str, str]  # texture, colour
     things: tuple[Thing, ...]
 

@@ -8,10 +8,9 @@ import contextlib
 import importlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -104,10 +103,6 @@ def max_of(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     return states.masked_fill(~real[..., None], float("-inf")).amax(1)
 
 
-def first_of(states: torch.Tensor, _real: torch.Tensor) -> torch.Tensor:
-    return states[:, 0]
-
-
 class TextBERT(nn.Module):
     """A BERT of the transformers package; a text's feature is some pooled layers side by side."""
 
@@ -162,8 +157,7 @@ def bert_folder() -> Path:
     return Path(hub.snapshot_download("google-bert/bert-base-uncased", allow_patterns=wanted))
 
 
-@dataclass(frozen=True)
-class TextTower:
+class TextTower(NamedTuple):
     """How one text tower is built, and for a BERT: where its weights lie and what is pooled."""
 
     build: Callable[[dict[str, Any], int], Tower]
@@ -177,7 +171,7 @@ TEXT_TOWERS = {
     "bag": TextTower(partial(of_words, TextBag)),
     # The middle layer knows more of the words themselves, the last one more of what is meant.
     "minilm": TextTower(bert, minilm_folder, ((-1, mean_of), (-1, max_of), (-4, mean_of))),
-    "bert": TextTower(bert, bert_folder, ((-1, first_of),)),
+    "bert": TextTower(bert, bert_folder, ((-1, lambda states, real: states[:, 0]),)),
 }
 ARCHITECTURE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
@@ -202,8 +196,11 @@ def import_transformers() -> Any:
 
 
 def text_folder(name: str, weights: str) -> Path:
-    """The folder of a pretrained text tower: `pretrained`, or one that the user names."""
-    if weights != "pretrained":
+    """The folder of a pretrained text tower, or the one that the user names. Raises UserError.
+
+    `none` gives the pretrained one too, for its architecture and its vocabulary.
+    """
+    if weights not in ("none", "pretrained"):
         return Path(weights)
     if TEXT_TOWERS[name].folder is None:
         raise UserError(f"--text-tower {name} has no pretrained weights; use --text-weights none")

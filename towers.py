@@ -12,7 +12,6 @@ import urllib.error
 import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -233,8 +232,7 @@ def package_folder(package: str, flag: str) -> Path:
     return Path(found.submodule_search_locations[0])
 
 
-@dataclass(frozen=True)
-class ImageTower:
+class ImageTower(NamedTuple):
     """How one image tower is built and filled, and the size of input it was pretrained at."""
 
     build: Callable[[str, dict[str, Any]], Tower]

@@ -14,7 +14,7 @@ import math
 import signal
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from captions import Rewriter, Tokenizer, WordPieces, parse_rates
+from captions import Rewriter, Tokenizer, parse_rates
 from charts import draw_curves
 from cli import UserError, atomic_write, run, warn
 from dataset import Batch, Dataset, Feed, Split, limited, load_dataset
@@ -37,7 +37,7 @@ from loss import combined
 from metrics import table_head, table_line
 from models import (
     AUTOCAST,
-    CLIP,
+    Model,
     SideBySide,
     build_model,
     choose_device,
@@ -55,15 +55,12 @@ from optimizer import (
     Phase,
     Trainer,
     all_epochs,
-    build_optimizer,
     check_spread,
-    make_scaler,
     phase_after,
     phases_of,
     plateau_factor,
     size_in,
     unsettled,
-    where,
 )
 from pretraining import pretrain_text
 from resuming import restore, resumed
@@ -101,10 +98,10 @@ def train_epoch(
             chosen = batch.positions.repeat_interleave(repeats)
             alike = alike[chosen][:, chosen].to(device)
         loss = combined(images[ids], texts, scale, model.logit_bias, ids, alike, config)
-        value = loss.item()
+        value, place = loss.item(), f"epoch {epoch}, batch {index + 1}"
         if not math.isfinite(value):
-            raise UserError(f"{where(epoch, index)}: the loss is {value}; {WHAT_THEN}")
-        check_spread(images, texts, where(epoch, index))
+            raise UserError(f"{place}: the loss is {value}; {WHAT_THEN}")
+        check_spread(images, texts, place)
         trainer.step(loss)
         total, seen = total + value * len(images), seen + len(images)
         bar.set_postfix(loss=f"{value:.3f}", rate=f"{seen / (time.perf_counter() - started):.0f}/s")
@@ -144,8 +141,7 @@ class Run:
     dataset: Dataset
     split: Split
     dev: Split
-    tokenizer: Tokenizer | WordPieces
-    model: CLIP | SideBySide
+    model: Model
     rewriter: Rewriter | None
     readings: np.ndarray | None  # what is written on every image of the dataset
     since: float  # the clock when the run began, or when its last epoch ended
@@ -155,13 +151,13 @@ class Run:
     cached: Cached = NOTHING  # of dev
     sample: tuple[Split, Cached] | None = None  # of training films, as many as dev has
     # Embeddings (images, texts) of dev and sample by the image towers that have learned already.
-    beside: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    beside: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
     @cached_property
     def tokens(self) -> list[torch.Tensor]:
         """The captions of train and dev as they stand, padded; counts those that are cut."""
-        self.tokenizer.cut = 0
-        return [self.tokenizer(each.captions) for each in (self.split, self.dev)]
+        self.model.tokenizer.cut = 0
+        return [self.model.tokenizer(each.captions) for each in (self.split, self.dev)]
 
     def begin(self, phase: Phase) -> None:
         """Sets up a phase: which blocks learn, the features below them, the optimizer."""
@@ -200,30 +196,16 @@ class Run:
             )
             self.cached = self.cached._replace(texts=dev_texts)
         self.cached = self.cached._replace(readings=self.readings_of(self.dev))
-        self.feed = Feed(
-            images,
-            rows,
-            self.split,
-            texts,
-            config["batch_size"],
-            config["captions_per_image"],
-            config["seed"],
-            self.readings_of(self.split),
-        )
+        self.feed = Feed(images, rows, self.split, texts, config, self.readings_of(self.split))
         alike = None
         if config["soft_positives"] == "genres":
             genres = [self.dataset.films[row].genres for row in self.split.images]
             alike = torch.from_numpy(genre_likeness(genres))
-        place = model.device
         if self.dataset.films:
             self.sample = self.sample_of_training(images, rows, texts)
         average = Average(model, config["ema"]) if config["ema"] else None
-        scaler = make_scaler(config, place)
-        optimizer = build_optimizer(model, config, phase.rates)
         steps = self.feed.batches()
-        self.trainer = Trainer(
-            model, optimizer, scaler, average, config, place, phase, steps, start, alike
-        )
+        self.trainer = Trainer(model, config, phase, steps, start, average, alike)
 
     def readings_of(self, split: Split) -> np.ndarray | None:
         return None if self.readings is None else self.readings[split.images]
@@ -251,7 +233,7 @@ class Run:
         captions = list(self.split.captions)
         for row in np.sort(np.concatenate([texts for _, texts in self.feed.plan(epoch)])):
             captions[row] = self.rewriter(captions[row], random)
-        return replace(self.feed, texts=self.tokenizer(captions).numpy())
+        return self.feed._replace(texts=self.model.tokenizer(captions).numpy())
 
     def epoch(self, epoch: int) -> None:
         """Trains an epoch, measures dev, and keeps the result: checkpoints, history, curves."""
@@ -290,12 +272,12 @@ class Run:
 
     def measured(self, split: Split, cached: Cached) -> Embedded:
         """What the tower that learns makes of a split, beside those that have learned."""
-        model, size = self.trainer.model, self.config["image_size"]
         cached = cached._replace(beside=self.beside.get(split.name))
-        made = evaluate_split(model, self.tokenizer, self.dataset, split, size, cached)
+        made = evaluate_split(self.trainer.model, self.dataset, split, cached)
         done, member = len(self.history) + 1, self.trainer.phase.member
         if done < all_epochs(self.config) and phase_after(done, self.config).member > member:
-            self.beside[split.name] = made.image_embeddings, made.text_embeddings
+            own = made.image_embeddings, made.text_embeddings
+            self.beside[split.name] = [torch.from_numpy(x) for x in own]
         return made
 
     def best(self) -> dict[str, float]:
@@ -322,15 +304,13 @@ class Run:
             "finished": self.finished(),
             "config": self.config,
             "transform": image_transform(self.config),
-            "vocabulary": self.tokenizer.vocabulary,
+            "vocabulary": self.model.tokenizer.vocabulary,
             "model": self.model.state_dict(),  # with --ema the average
             "average": average.state_dict() if average else None,  # with --ema the weights
             "optimizer": self.trainer.optimizer.state_dict(),
             "scaler": self.trainer.scaler.state_dict(),
             "history": self.history,
-            "beside": {
-                name: [torch.from_numpy(x) for x in made] for name, made in self.beside.items()
-            },
+            "beside": self.beside,
             "random_states": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "fingerprint": self.dataset.fingerprint,
             "readings": "" if self.readings is None else key_of(self.readings),
@@ -352,8 +332,7 @@ def prepare(
     transform = image_transform(config)
     folder = None
     if content is None and TEXT_TOWERS[config["text_tower"]].folder:
-        weights = config["text_weights"]
-        folder = text_folder(config["text_tower"], "pretrained" if weights == "none" else weights)
+        folder = text_folder(config["text_tower"], config["text_weights"])
         known, vocabulary, config["text_lower_case"] = read_text_folder(folder)
         config["text_architecture"] = known
     dataset = load_dataset(
@@ -370,7 +349,7 @@ def prepare(
     if len(split.images) < 2:
         raise UserError("one training image has nothing to be told apart from; give more")
     if content:
-        model, tokenizer = model_from_checkpoint(content, out / "last.pt")
+        model = model_from_checkpoint(content, out / "last.pt")
     else:
         if folder:
             tokenizer = make_tokenizer(config, vocabulary)
@@ -387,12 +366,12 @@ def prepare(
     if config["soft_positives"] == "genres" and not any(film.genres for film in dataset.films):
         raise UserError(f"--soft-positives genres: {dataset.path} has no genres")
     if config["poster_text"]:
-        readings = reading_features(model, tokenizer, dataset, config, cache, config["workers"])
+        readings = reading_features(model, dataset, config, cache, config["workers"])
         if content and content["readings"] != key_of(readings):
             told = "other words are read on the pictures than the run read"
             raise UserError(f"--resume: {told}; install its OCR packages, or start a new run")
     run = Run(
-        *(out, cache, config, dataset, split, dataset.split("dev"), tokenizer, model, rewriter),
+        *(out, cache, config, dataset, split, dataset.split("dev"), model, rewriter),
         *(readings, since, history),
     )
     if not content and config["pretrain_text"]:
@@ -401,9 +380,7 @@ def prepare(
         for member in others:
             member.text_projection.load_state_dict(first.text_projection.state_dict())
     if content:
-        run.beside = {
-            name: tuple(x.numpy() for x in made) for name, made in content["beside"].items()
-        }
+        run.beside = content["beside"]
     run.begin(phase_after(len(history), config))
     torch.manual_seed(config["seed"])  # dropout draws from torch's own generator
     if content:
@@ -413,7 +390,8 @@ def prepare(
 
 def describe(run: Run) -> str:
     """The line before the table: towers, sizes, precision and what chance would give."""
-    config, tokenizer, model = run.config, run.tokenizer, run.model
+    config, model = run.config, run.model
+    tokenizer = model.tokenizer
     weights = list(model.parameters())
     learned = sum(w.numel() for w in run.trainer.model.parameters() if w.requires_grad)
     return (

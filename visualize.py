@@ -13,7 +13,7 @@ from PIL import Image
 
 import evaluate
 import zeroshot
-from captions import Tokenizer, WordPieces, plain_title
+from captions import AnyTokenizer, plain_title
 from charts import (
     GREEN,
     INK,
@@ -87,7 +87,7 @@ def extreme_cases(made: Embedded, count: int) -> list[list[int]]:
     return [order[np.sort(first_captions(owner[order]))][:count].tolist() for order in orders]
 
 
-def checked_queries(queries: list[str], tokenizer: Tokenizer | WordPieces) -> list[str]:
+def checked_queries(queries: list[str], tokenizer: AnyTokenizer) -> list[str]:
     """Strips the user's queries; raises UserError for one that the model cannot understand."""
     for query in queries:
         words = [word for word in tokenizer.words(query) if any(map(str.isalnum, word))]
@@ -210,7 +210,7 @@ def origin(trained: Loaded, dataset: Dataset | None = None, split: Split | None 
         told += (
             f"{count:,} images, {len(split.captions):,} captions; scores are cosines, ties lose; "
         )
-        if seen := evaluate.count_trained_on(trained, dataset, split):
+        if seen := evaluate.trained_on(trained, dataset, split.images).sum():
             warn(f"{seen:,} of the {count:,} images evaluated were trained on")
             told += f"{seen:,} of these images were trained on; "
     told += f"checkpoint {path.parent.name}/{path.name}, {trained.stage}"
@@ -251,25 +251,20 @@ def main(argv: list[str]) -> None:
     if options.templates and not options.zero_shot:
         raise UserError("--templates goes with --zero-shot")
     trained = evaluate.load_trained(options.checkpoint, options.device)
-    print(f"checkpoint {trained.path}, {trained.stage}")
-    model, tokenizer, transform = trained.model, trained.tokenizer, trained.transform
-    queries, out, workers = checked_queries(options.query, tokenizer), options.out, options.workers
+    model, out, workers = trained.model, options.out, options.workers
+    queries = checked_queries(options.query, model.tokenizer)
     if options.zero_shot:
-        source = options.zero_shot, options.templates
-        result = zeroshot.zero_shot(model, tokenizer, *source, transform, workers)
+        result = zeroshot.zero_shot(model, options.zero_shot, options.templates, workers)
         return write(out / "confusion.png", draw_confusion, result, origin(trained))
     if options.images:
         if not (paths := zeroshot.find_pictures(options.images)):
             raise UserError(f"--images {options.images} holds no picture")
-        pool, paths = zeroshot.embed_pictures(model, paths, transform, workers)
+        pool, paths = zeroshot.embed_pictures(model, paths, workers)
         names = [str(path.relative_to(options.images)) for path in paths]
         footer = f"{len(paths):,} pictures of {options.images}; {origin(trained)}"
         name, draw = "grid_search.png", lambda i: thumbnail(paths[i])
     else:
-        source = options.data, options.splits, options.cache
-        dataset = evaluate.load_data_for(trained, *source, workers)
-        print(dataset.summary())
-        split, size = dataset.split(options.split), transform["image_size"]
+        dataset, split = evaluate.load_data_for(trained, options)
         films = [dataset.films[row] for row in split.images] if dataset.films else []
         names = [plain_title(film.title) for film in films]
         cached = Cached(readings=evaluate.readings_for(trained, dataset, split, options))
@@ -278,13 +273,13 @@ def main(argv: list[str]) -> None:
         if not queries:
             history, told = whole_history(trained), origin(trained)
             write(out / "curves.png", lambda path: draw_curves(history, path, told))
-            made = evaluate.evaluate_split(model, tokenizer, dataset, split, size, cached)
+            made = evaluate.evaluate_split(model, dataset, split, cached)
             if films:
                 draw_films(out, made, films, history, footer)
             return draw_pairs(options, made, draw, footer, names)
-        pool = embed_images(model, dataset.pixels, split.images, size, cached.readings)
+        pool = embed_images(model, dataset.pixels, split.images, readings=cached.readings)
     k = clamped("top-k", options.top_k, len(pool))
-    found = [find(text, pool, k) for text in embed_texts(model, tokenizer, queries)]
+    found = [find(text, pool, k) for text in embed_texts(model, queries)]
     rows = [([(q, INK)], cells_of(f, draw, names)) for q, f in zip(queries, found, strict=True)]
     title = f"Text to image: the first {k} of {len(pool):,} pictures"
     return write(out / name, draw_grid, title, footer, rows)

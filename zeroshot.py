@@ -4,19 +4,16 @@ evaluate.py --zero-shot prints what `zero_shot` finds, visualize.py draws it and
 """
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from captions import Tokenizer, WordPieces
 from cli import UserError, warn
 from embedding import embed_images, embed_texts
 from images import EXTENSIONS, decode_all
 from metrics import TIE, recall_at_k
-from models import CLIP, SideBySide
+from models import Model
 
 # ------------------------------------------------------------------- pictures of the user's own
 
@@ -34,30 +31,23 @@ def find_pictures(folder: Path) -> list[Path]:
     )
 
 
-def embed_pictures(
-    model: CLIP | SideBySide, paths: list[Path], transform: dict[str, Any], workers: int
-) -> tuple[np.ndarray, list[Path]]:
+def embed_pictures(model: Model, paths: list[Path], workers: int) -> tuple[np.ndarray, list[Path]]:
     """Decodes and embeds picture files: (embeddings, the paths that could be read, in order).
 
     Unreadable ones are counted in a warning; raises UserError when none can be read.
     """
-    decoded = decode_all(paths, transform["stored_size"], workers)
-    bar = tqdm(decoded, "decoding", len(paths), unit="image", leave=False, disable=None)
-    kept, pixels, failed = [], [], []
-    for path, (picture, told) in zip(paths, bar, strict=True):
-        if picture is None:
-            failed.append(f"{path.name}: {told}")
-        else:
-            kept.append(path)
-            pixels.append(picture)
+    decoded = decode_all(paths, model.transform["stored_size"], workers)
+    made = [(path, *one) for path, one in zip(paths, decoded, strict=True)]
+    failed = [f"{path.name}: {told}" for path, picture, told in made if picture is None]
+    good = [(path, picture) for path, picture, _ in made if picture is not None]
     if failed:
         warn(f"{len(failed):,} of {len(paths):,} pictures cannot be read ({'; '.join(failed[:3])})")
-    if not kept:
+    if not good:
         raise UserError("not one of the pictures can be read")
     if model.poster_text is not None:
         warn("this model reads the words on pictures of its data; those on these are not read")
-    rows = np.arange(len(kept))
-    return embed_images(model, np.stack(pixels), rows, transform["image_size"]), kept
+    kept, pixels = zip(*good, strict=True)
+    return embed_images(model, np.stack(pixels), np.arange(len(kept))), list(kept)
 
 
 # ------------------------------------------------------------------------------- zero-shot
@@ -65,8 +55,7 @@ def embed_pictures(
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a {}.", "there is a {} in the picture.")
 
 
-@dataclass(frozen=True)
-class ZeroShot:
+class ZeroShot(NamedTuple):
     """`scores` (pictures, classes), `truth` (pictures,) and the classes' names."""
 
     scores: np.ndarray
@@ -90,30 +79,18 @@ class ZeroShot:
         }
 
 
-def class_embeddings(
-    model: CLIP | SideBySide,
-    tokenizer: Tokenizer | WordPieces,
-    classes: list[str],
-    templates: list[str],
-) -> np.ndarray:
+def class_embeddings(model: Model, classes: list[str], templates: list[str]) -> np.ndarray:
     """One unit-length embedding a class: the mean of its prompts', as in CLIP (section 3.1.4)."""
     prompts = [
         re.sub(r"\ba (?=[aeiou])", "an ", template.replace("{}", name))
         for name in classes
         for template in templates
     ]
-    made = embed_texts(model, tokenizer, prompts).reshape(len(classes), len(templates), -1).mean(1)
+    made = embed_texts(model, prompts).reshape(len(classes), len(templates), -1).mean(1)
     return made / np.linalg.norm(made, axis=1, keepdims=True).clip(1e-12)
 
 
-def zero_shot(
-    model: CLIP | SideBySide,
-    tokenizer: Tokenizer | WordPieces,
-    folder: Path,
-    templates_file: Path | None,
-    transform: dict[str, Any],
-    workers: int,
-) -> ZeroShot:
+def zero_shot(model: Model, folder: Path, templates_file: Path | None, workers: int) -> ZeroShot:
     """Classifies the pictures of a folder of class folders by the classes' names alone."""
     templates = read_templates(templates_file) if templates_file else list(TEMPLATES)
     if not find_pictures(folder):
@@ -124,7 +101,7 @@ def zero_shot(
     if sum(map(bool, found.values())) < 2:
         raise few
     paths = [path for files in found.values() for path in files]
-    images, kept = embed_pictures(model, paths, transform, workers)
+    images, kept = embed_pictures(model, paths, workers)
     places = [place for place, files in found.items() if not set(kept).isdisjoint(files)]
     if empty := [place.name for place in inner if place not in places]:
         warn(f"class folders without a readable picture are left out: {', '.join(empty)}")
@@ -134,10 +111,10 @@ def zero_shot(
     if twice := {name for name in classes if classes.count(name) > 1}:
         raise UserError(f"{folder} has two class folders for {', '.join(sorted(twice))}; join them")
     for name in classes:
-        if missing := tokenizer.unknown(name):
+        if missing := model.tokenizer.unknown(name):
             warn(f"class {name!r}: {', '.join(missing)} never stood in the training captions")
     place_of = {path: i for i, place in enumerate(places) for path in found[place]}
-    texts = class_embeddings(model, tokenizer, classes, templates)
+    texts = class_embeddings(model, classes, templates)
     scores = images.astype(np.float64) @ texts.T.astype(np.float64)
     return ZeroShot(scores, np.array([place_of[path] for path in kept]), classes)
 

@@ -153,6 +153,7 @@ def test_atomic_write_into_what_is_no_folder(tmp_path):
         tmp_path / "file" / "a.txt",
         tmp_path / "file" / "b" / "a.txt",
         tmp_path / "folder",
+        tmp_path / ("a" * 250),  # which leaves no room for what the temporary file's has beyond
     ):
         with pytest.raises(UserError, match="cannot write"), atomic_write(path) as temporary:
             temporary.write_text("x")
@@ -164,10 +165,10 @@ def test_atomic_write_into_an_unwritable_folder(tmp_path, monkeypatch):
     closed.mkdir(mode=0o555)
     if os.geteuid() == 0:  # nothing is closed to root: refuse as the system would refuse others
 
-        def refuse(**_options):
+        def refuse(*_place, **_options):
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr("tempfile.mkstemp", refuse)
+        monkeypatch.setattr(Path, "touch", refuse)
     wanted = pytest.raises(UserError, match=r"cannot write .*: Permission denied")
     with wanted, atomic_write(closed / "a.txt"):
         pass

@@ -785,7 +785,8 @@ def make_feed(batch_size=4, per_image=1, seed=0, counts=COUNTS) -> Feed:
     tokens = torch.zeros(len(owner), 9, dtype=torch.int64)
     for j, image in enumerate(owner):
         tokens[j, : counts[image] + 3] = torch.tensor([2, 4 + j, *[4] * counts[image], 3])
-    return Feed(pixels, split.images, split, tokens.numpy(), batch_size, per_image, seed)
+    flags = {"batch_size": batch_size, "captions_per_image": per_image, "seed": seed}
+    return Feed(pixels, split.images, split, tokens.numpy(), flags)
 
 
 def shown(feed: Feed, epoch: int, ahead: bool = False) -> list[tuple[list[int], list[list[int]]]]:
@@ -878,7 +879,7 @@ def test_fetching_ahead_gives_the_same_batches():
 
 def test_an_error_while_fetching_ahead_is_raised():
     feed = make_feed()
-    broken = Feed(feed.images[:5], feed.rows, feed.split, feed.texts, 4, 1, 0)
+    broken = feed._replace(images=feed.images[:5])
     with pytest.raises(IndexError):
         list(broken.epoch(1, True))
 
@@ -903,7 +904,8 @@ def test_a_real_folder_feeds(photos, load):
     data = load(photos)
     split = data.split("train")
     tokenizer = Tokenizer.train(split.captions, 1, 40)
-    feed = Feed(data.pixels, split.images, split, tokenizer(split.captions).numpy(), 8, 1, 0)
+    flags = {"batch_size": 8, "captions_per_image": 1, "seed": 0}
+    feed = Feed(data.pixels, split.images, split, tokenizer(split.captions).numpy(), flags)
     table, texts = table_of(pairs(40)), 0
     for planned, batch in zip(feed.plan(1), feed.epoch(1, True), strict=True):
         for image, pixels, tokens in zip(planned[0], batch.images, batch.texts, strict=True):

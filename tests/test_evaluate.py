@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -200,12 +201,13 @@ def test_flags_that_do_not_go_together(run, tmp_path):
 
 def test_evaluating_leaves_the_models_mode(tiny_run, photo_data, cache):
     trained = evaluate.load_trained(tiny_run / "best.pt", "cpu")
-    dataset = evaluate.load_data_for(trained, None, None, cache, 0)
+    given = Namespace(data=None, splits=None, split="dev", cache=cache, workers=0)
+    dataset, split = evaluate.load_data_for(trained, given)
     assert not trained.model.training
     for mode in (True, False):
         trained.model.train(mode)
         before = trained.model.image_tower.bn1.running_mean.clone()
-        evaluate.evaluate_split(trained.model, trained.tokenizer, dataset, dataset.split("dev"), 32)
+        evaluate.evaluate_split(trained.model, dataset, split)
         assert trained.model.training is mode
         assert (trained.model.image_tower.bn1.running_mean == before).all()
 
@@ -214,10 +216,10 @@ def test_order_and_company_do_not_change_a_text(tiny_run):
     trained = evaluate.load_trained(tiny_run / "best.pt", "cpu")
     texts = [caption for _, caption in pairs(40)] + ["a", "red " * 60]
     assert len({len(text) for text in texts}) > 10
-    together = evaluate.embed_texts(trained.model, trained.tokenizer, texts * 2)
+    together = evaluate.embed_texts(trained.model, texts * 2)
     np.testing.assert_allclose(together[: len(texts)], together[len(texts) :], atol=1e-5)
     for row in (0, 7, 150, 200, 201):
-        alone = evaluate.embed_texts(trained.model, trained.tokenizer, [texts[row]])
+        alone = evaluate.embed_texts(trained.model, [texts[row]])
         np.testing.assert_allclose(together[row], alone[0], atol=1e-5)
 
 
@@ -288,16 +290,13 @@ def test_zero_shot_figures_against_a_loop(run, tiny_run, classes, tmp_path):
     names, prompts = sorted(COLOURS), ("a {} ground", "a dog above {} ground.")
     vectors = []
     for name in names:
-        made = [
-            evaluate.embed_texts(trained.model, trained.tokenizer, [prompt.format(name)])[0]
-            for prompt in prompts
-        ]
+        made = [evaluate.embed_texts(trained.model, [p.format(name)])[0] for p in prompts]
         mean = np.mean(np.array(made, np.float64), axis=0)
         vectors.append(mean / math.sqrt(mean @ mean))
     hits = {1: 0, 5: 0}
     for truth, name in enumerate(names):
         for path in find_pictures(classes / name):
-            image, kept = zeroshot.embed_pictures(trained.model, [path], trained.transform, 0)
+            image, kept = zeroshot.embed_pictures(trained.model, [path], 0)
             assert kept == [path]
             scores = [float(image[0].astype(np.float64) @ vector) for vector in vectors]
             rank = 1 + sum(s >= scores[truth] for i, s in enumerate(scores) if i != truth)
@@ -372,12 +371,12 @@ def test_templates_that_will_not_do(tmp_path, content, told):
 def test_prompts_say_an_before_a_vowel(monkeypatch):
     asked = []
 
-    def embed(_model, _tokenizer, texts):
+    def embed(_model, texts):
         asked.extend(texts)
         return np.ones((len(texts), 2), np.float32)
 
     monkeypatch.setattr(zeroshot, "embed_texts", embed)
-    made = zeroshot.class_embeddings(None, None, ["apple", "dog"], ["a photo of a {}.", "{} at {}"])
+    made = zeroshot.class_embeddings(None, ["apple", "dog"], ["a photo of a {}.", "{} at {}"])
     assert asked == ["a photo of an apple.", "apple at apple", "a photo of a dog.", "dog at dog"]
     np.testing.assert_allclose(made, np.full((2, 2), math.sqrt(0.5)))
 

@@ -8,7 +8,7 @@ from test_models import TOKENIZER, build, config
 import features
 from cli import UserError
 from dataset import Dataset, Feed, Split
-from embedding import Cached, embed_cached, embed_images
+from embedding import embed_images
 from features import image_features, opened, text_features, window
 from images import resize
 
@@ -59,14 +59,14 @@ def test_features_are_what_the_blocks_give(tmp_path, start):
 
 def test_embeddings_from_features_are_those_from_pixels(tmp_path):
     model, dataset = build().eval(), pictures_of()
-    model.mirror = True
+    model.transform["mirror"] = True
     rows = np.arange(40)
-    wanted = embed_images(model, dataset.pixels, rows, CONFIG["image_size"])
+    wanted = embed_images(model, dataset.pixels, rows)
     for start in (5, 10):
         (made,) = kept(model, tmp_path, dataset, (start,))
-        assert np.abs(embed_cached(model, Cached(made, start)) - wanted).max() < 2e-3
-    model.mirror = False
-    assert np.abs(embed_images(model, dataset.pixels, rows, 32) - wanted).max() > 1e-3
+        assert np.abs(embed_images(model, made, rows, start) - wanted).max() < 2e-3
+    model.transform["mirror"] = False
+    assert np.abs(embed_images(model, dataset.pixels, rows) - wanted).max() > 1e-3
 
 
 def test_two_starts_in_one_pass(tmp_path):
@@ -173,7 +173,8 @@ def test_a_feed_of_features_shows_every_view_in_turn():
     views = np.arange(8 * 3).reshape(8, 3, 1).astype(np.float16)
     split = Split("train", np.arange(8), [f"t{i}" for i in range(40)], np.repeat(np.arange(8), 5))
     texts = np.arange(40, dtype=np.float16)[:, None]
-    feed = Feed(views, np.arange(8), split, texts, 4, 2, 0)
+    flags = {"batch_size": 4, "captions_per_image": 2, "seed": 0}
+    feed = Feed(views, np.arange(8), split, texts, flags)
     seen = set()
     for epoch in range(1, 30):
         for (images, captions), batch in zip(

@@ -376,7 +376,7 @@ def test_reading_goes_on_where_it_stopped(read, tmp_path, monkeypatch):
     text = file.read_text().rstrip("\n")
     (tmp_path / file.name).write_text(text[:-20])  # the last poster is torn
     seen = []
-    monkeypatch.setattr(ocr, "ProcessPoolExecutor", InProcess(seen))
+    monkeypatch.setattr("images.ProcessPoolExecutor", InProcess(seen))
     again = ocr.read_words(paths, [p.name for p in paths], tmp_path, 1)
     assert len(seen) == 1 and again == lines
     assert ocr.read_words(paths, [p.name for p in paths], tmp_path, 1) == lines and len(seen) == 1

@@ -142,7 +142,8 @@ def test_embeddings_have_unit_length(model):
 
 def test_pixels_are_normalised_inside_the_model(model):
     images, seen = pictures(2), []
-    hook = model.image_tower.register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
+    first = model.image_blocks[0]
+    hook = first.register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
     model.encode_image(images)
     hook.remove()
     wanted = torchvision.transforms.Normalize(**models.IMAGENET)(images)
@@ -387,8 +388,9 @@ def test_checkpoint_round_trip(checkpoint):
     loaded = load_checkpoint(checkpoint)
     assert loaded["config"] == config() and loaded["versions"]["torch"] == torch.__version__
     assert torch.load(checkpoint, weights_only=True).keys() == loaded.keys()
-    model, tokenizer = model_from_checkpoint(loaded, checkpoint)
-    assert tokenizer.vocabulary == TOKENIZER.vocabulary and tokenizer.max_tokens == 40
+    model = model_from_checkpoint(loaded, checkpoint)
+    assert model.tokenizer.vocabulary == TOKENIZER.vocabulary
+    assert model.tokenizer.max_tokens == 40 and model.transform == loaded["transform"]
     original, tokens = build().eval(), torch.tensor([text(5, 6)])
     assert torch.equal(model.eval().encode_text(tokens), original.encode_text(tokens))
     assert torch.equal(model.encode_image(pictures(2)), original.encode_image(pictures(2)))
@@ -411,7 +413,7 @@ def test_side_by_side_is_the_mean_of_the_cosines(tmp_path):
     made = config(**flags)
     told = {"config": made, "transform": image_transform(made), "vocabulary": TOKENIZER.vocabulary}
     save_checkpoint(tmp_path / "two.pt", {**told, "model": model.state_dict()})
-    again, _ = model_from_checkpoint(load_checkpoint(tmp_path / "two.pt"), tmp_path / "two.pt")
+    again = model_from_checkpoint(load_checkpoint(tmp_path / "two.pt"), tmp_path / "two.pt")
     assert torch.equal(again.eval().encode_views(views), images)
     assert torch.equal(again.encode_text(tokens), texts)
 

@@ -165,6 +165,9 @@ def test_a_flag_by_hand_wins_over_the_recipe():
         ({"head_epochs": 3}, "--head-epochs freezes pretrained towers"),
         ({"text_tower": "lstm", "text_weights": "pretrained"}, "use minilm or bert"),
         ({"image_tower": "vit_b_16", "stem": "small"}, "--stem small goes with a resnet"),
+        ({"image_tower": "resnet18+vgg"}, "--image-tower: 'vgg' is none of resnet18, "),
+        ({"loss": "infonce+hinge"}, "--loss .*: 'hinge' is none of infonce, "),
+        ({"text_augment": "swap=2"}, "--text-augment: 'swap=2' is none of synonym=R, "),
     ):
         with pytest.raises(UserError, match=told):
             resolve(typed, defaults)
