@@ -134,7 +134,7 @@ def per_data(flag: str) -> str:
 
 def build_parser() -> Parser:
     parser = Parser(prog="train.py", description="Trains a miniature CLIP.")
-    told = "a set of defaults: best is the strongest in some 16 minutes with weights by pip, "
+    told = "a set of defaults: best is the strongest in a quarter of an hour with weights by pip, "
     told += "best-hour in an hour; scratch uses none"
     parser.add_argument("--recipe", choices=RECIPES, default="assignment", help=told)
     add_data_flags(parser, data="Flickr8k", splits="auto")
