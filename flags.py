@@ -141,7 +141,8 @@ def build_parser() -> Parser:
 
     flag = parser.add_argument_group("input").add_argument
     size = number(int, 32, 1024)
-    told = f"pixels, square ({per_data('image_size')}; the first pretrained tower's own)"
+    told = f"pixels, square ({per_data('image_size')}; with pretrained weights what the first "
+    told += "tower was trained at)"
     flag("--image-size", type=size, help=told)
     told = "pixels in the first epochs, small and fast (default: --image-size)"
     flag("--start-size", type=size, metavar="PIXELS", help=told)
@@ -230,7 +231,7 @@ def build_parser() -> Parser:
     flag("--tower-lr", type=number(float, 0, 10, above=True), default=1e-4, help=told)
     told = "not on norms, biases and logit_scale"
     flag("--weight-decay", type=number(float, 0, 10), default=0.1, help=told)
-    told = "of the rate after warm-up; plateau halves it when dev stands still for 2 epochs"
+    told = "learning rate after warm-up; plateau halves it when dev stands still for 2 epochs"
     flag("--schedule", choices=SCHEDULES, default="cosine", help=told)
     told = "epochs of linear warm-up, after --head-epochs once more"
     flag("--warmup", type=number(float, 0, 1000), default=1.0, help=told)
