@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from cli import number, run, warn
+from images import augment, decode_all
+
 from dataset import Batch
 from evaluate import write_json
 from flags import build_parser, resolve
-from images import augment, decode_all
 from models import image_towers, keep_memory
 from train import Run, describe, prepare, train_epoch
 

@@ -1,57 +1,142 @@
 """The numbers: embeds a split, ranks every image and caption, prints Recall@K with intervals.
 
-train.py calls `evaluate_split` on dev after every epoch, visualize.py takes the embeddings and
-ranks from here. `python evaluate.py [CHECKPOINT]` measures the test split, once, at the end.
+train.py calls `evaluate_split` on dev after every epoch, visualize.py takes embeddings and ranks
+from here. `python evaluate.py [CHECKPOINT ...]` measures the test split, once, at the end.
 """
 
+from __future__ import annotations
+
+import support.python  # noqa: F401  refuses a Python that is too old, before all else
+
+# isort: split
 import json
+import math
+import sys
+from argparse import Namespace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from cli import Parser, UserError, atomic_write, run, warn
-from dataset import Dataset, Split, add_data_flags, load_dataset
-from embedding import NOTHING, Cached, embed_images, embed_texts
-from features import image_features, reading_features
-from generalisation import (
-    GROUPS,
-    distance_matrix,
-    generalisation_table,
-    generalise,
-    masked_figures,
-    mean_distances,
-)
+from dataset import Pairs, add_data_flags, load_dataset
 from loss import info_nce
-from metrics import (
-    KS,
-    bootstrap_intervals,
-    first_captions,
-    recall_at_k,
-    retrieval_metrics,
-    retrieval_ranks,
-)
-from models import (
-    CLIP,
-    Model,
-    SideBySide,
-    choose_device,
-    keep_memory,
-    load_checkpoint,
-    model_from_checkpoint,
-    side_by_side,
-)
-from ocr import hide_words, read_words
-from zeroshot import zero_shot
+from models import CLIP
+from support.command import Parser, UserError, atomic_write, later, run, warn
+from support.device import keep_memory
+from support.embedding import Trained, embed_pairs, load_trained, side_by_side, trained_on
 
-# ------------------------------------------------------------------------- a whole split
+if TYPE_CHECKING:
+    from dataset import CaptionedImages
+
+# ------------------------------------------------------------------------- ranks and recalls
+
+KS = (1, 5, 10)
+# Scores are float64 products of float32 vectors, so equal vectors differ by less than this.
+TIE = 1e-12
+
+
+def retrieval_ranks(
+    image_embeddings: np.ndarray, text_embeddings: np.ndarray, caption_image: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks from 1 in both directions: i2t (images,) and t2i (captions,), as floats.
+
+    image_embeddings (N, D), text_embeddings (M, D), caption_image (M,): the image of each caption.
+    i2t: the rank among all M captions of the image's best own one (the other own ones are not
+    counted against it). t2i: the rank of the caption's image among all N. A tie counts as lost. A
+    query whose own score is not finite gets infinity; another's counts as better. The scores are
+    computed in blocks, never all at once. Raises ValueError when an image has no caption.
+    """
+    images, texts = finite_or_nan(image_embeddings), finite_or_nan(text_embeddings)
+    owner = torch.as_tensor(np.asarray(caption_image), dtype=torch.int64)
+    count, pool = len(images), len(texts)
+    if (torch.bincount(owner, minlength=count) == 0).any():
+        raise ValueError("an image has no caption")
+    true = torch.empty(pool, dtype=torch.float64)  # each caption's score with its image
+    for first in range(0, pool, 8192):
+        part = slice(first, first + 8192)
+        true[part] = (images[owner[part]].double() * texts[part].double()).sum(1)
+    best = torch.full((count,), -math.inf, dtype=torch.float64)
+    best = best.scatter_reduce(0, owner, true.nan_to_num(nan=-math.inf), "amax")
+    best[best == -math.inf] = math.nan
+    as_good, ahead = ~(true < best[owner] - TIE), torch.zeros(count, dtype=torch.int64)
+    ahead -= torch.zeros_like(ahead).scatter_add_(0, owner, as_good.long())
+    behind = torch.zeros(pool, dtype=torch.int64)  # counts the own image too: a rank from 1
+    for top in range(0, count, 1024):
+        rows = slice(top, top + 1024)
+        queries, limits = images[rows].double(), best[rows, None] - TIE
+        for left in range(0, pool, 8192):
+            columns = slice(left, left + 8192)
+            scores = queries @ texts[columns].double().T
+            ahead[rows] += (~(scores < limits)).sum(1)
+            behind[columns] += (~(scores < true[columns] - TIE)).sum(0)
+    i2t = torch.where(best.isnan(), math.inf, (ahead + 1).double())
+    t2i = torch.where(true.isnan(), math.inf, behind.double())
+    return i2t.numpy(), t2i.numpy()
+
+
+def finite_or_nan(embeddings: np.ndarray) -> torch.Tensor:
+    """An embedding with one number that is not finite becomes NaN all over: it never matches."""
+    tensor = torch.as_tensor(embeddings)
+    finite = torch.cat([part.isfinite().all(1) for part in tensor.split(8192)])
+    return tensor if finite.all() else tensor.masked_fill(~finite[:, None], math.nan)
+
+
+def recall_at_k(ranks: np.ndarray, k: int) -> float:
+    """The share of queries, in percent, whose rank is at most k."""
+    return float((np.asarray(ranks) <= k).mean() * 100)
+
+
+def retrieval_metrics(i2t: np.ndarray, t2i: np.ndarray) -> dict[str, float]:
+    """R@1/5/10 in percent, median and mean rank in both directions, their sum and mean.
+
+    A miss for want of a finite score counts as the last rank of its pool in medr and meanr.
+    """
+    metrics: dict[str, float] = {}
+    for way, ranks, pool in (("i2t", i2t, len(t2i)), ("t2i", t2i, len(i2t))):
+        metrics |= {f"{way}_r{k}": recall_at_k(ranks, k) for k in KS}
+        bounded = np.minimum(ranks, pool)
+        metrics[f"{way}_medr"] = float(np.median(bounded))
+        metrics[f"{way}_meanr"] = float(bounded.mean())
+    metrics["rsum"] = sum(metrics[f"{way}_r{k}"] for way in ("i2t", "t2i") for k in KS)
+    metrics["mean_recall"] = metrics["rsum"] / 6
+    return metrics
+
+
+def bootstrap_intervals(
+    i2t: np.ndarray, t2i: np.ndarray, caption_image: np.ndarray, resamples: int = 1000
+) -> dict[str, list[float]]:
+    """95% percentile intervals of the recalls, images (with their captions) drawn anew.
+
+    Only the queries are resampled; the pool that they search stays whole. Seeded.
+    """
+    generator, count = np.random.default_rng(0), len(i2t)
+    captions = np.bincount(caption_image, minlength=count)
+    found = [np.bincount(caption_image, t2i <= k, minlength=count) for k in KS]
+    hits = np.stack([i2t <= k for k in KS] + found, axis=1).astype(np.float64)
+    sizes = np.stack([np.ones(count)] * 3 + [captions] * 3, axis=1)
+    draws = np.empty((resamples, 6))
+    for row in range(resamples):
+        weight = np.bincount(generator.integers(count, size=count), minlength=count)
+        draws[row] = weight @ hits / (weight @ sizes) * 100
+    columns = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in KS]
+    values = dict(zip(columns, draws.T, strict=True))
+    values |= {"rsum": draws.sum(1), "mean_recall": draws.mean(1)}
+    return {key: np.percentile(drawn, [2.5, 97.5]).tolist() for key, drawn in values.items()}
+
+
+def first_captions(caption_image: np.ndarray) -> np.ndarray:
+    """For each image the position of its first caption."""
+    return np.unique(caption_image, return_index=True)[1]
+
+
+# --------------------------------------------------------------------------- a whole split
 
 
 class Embedded(NamedTuple):
-    """A split and its embeddings, the ranks made from them and the metrics of those."""
+    """Pairs and their embeddings, the ranks that follow from them and the metrics of those."""
 
-    split: Split
+    pairs: Pairs
     image_embeddings: np.ndarray
     text_embeddings: np.ndarray
     i2t: np.ndarray
@@ -59,41 +144,27 @@ class Embedded(NamedTuple):
     metrics: dict[str, float]
 
 
-def evaluate_split(
-    model: Model, dataset: Dataset, split: Split, cached: Cached = NOTHING
-) -> Embedded:
-    """Embeds and ranks a split. Leaves the model in the mode in which it was."""
-    was_training = model.training
-    model.eval()
-    shown = (dataset.pixels, split.images)
-    if cached.start:
-        shown = (cached.images, np.arange(len(cached.images)))
-    images = embed_images(model, *shown, cached.start, cached.readings)
-    if cached.texts is not None:
-        with torch.inference_mode():
-            parts = torch.from_numpy(cached.texts.copy()).to(model.device).split(1000)
-            texts = torch.cat([model.encode_text(part) for part in parts]).cpu().numpy()
-    else:
-        texts = embed_texts(model, split.captions)
-    model.train(was_training)
-    if cached.beside:
-        images, texts = (
-            side_by_side([before, torch.from_numpy(own)]).numpy()
-            for before, own in zip(cached.beside, (images, texts), strict=True)
-        )
-    i2t, t2i = retrieval_ranks(images, texts, split.caption_image)
+def ranked(pairs: Pairs, images: np.ndarray, texts: np.ndarray) -> Embedded:
+    """Ranks and metrics of embeddings (images, D) and (captions, D)."""
+    i2t, t2i = retrieval_ranks(images, texts, pairs.caption_image)
     metrics = retrieval_metrics(i2t, t2i)
-    first = first_captions(split.caption_image)
+    first = first_captions(pairs.caption_image)
     paired = retrieval_ranks(images, texts[first], np.arange(len(first)))
     for way, ranks in zip(("top1_i2t", "top1_t2i"), paired, strict=True):
         metrics[way] = recall_at_k(ranks, 1)
-    return Embedded(split, images, texts, i2t, t2i, metrics)
+    return Embedded(pairs, images, texts, i2t, t2i, metrics)
+
+
+def evaluate_split(model: CLIP, pairs: Pairs) -> Embedded:
+    """Embeds and ranks a split."""
+    images, texts = embed_pairs(model, pairs)
+    return ranked(pairs, images, texts)
 
 
 def contrastive_loss(embedded: Embedded, scale: float, batch_size: int) -> float:
     """The loss of a split, first captions only, in batches of the size used in training."""
     images = torch.from_numpy(embedded.image_embeddings)
-    texts = torch.from_numpy(embedded.text_embeddings[first_captions(embedded.split.caption_image)])
+    texts = torch.from_numpy(embedded.text_embeddings[first_captions(embedded.pairs.caption_image)])
     parts = torch.arange(len(images)).tensor_split(-(-len(images) // batch_size))
     losses = [info_nce(images[part], texts[part], scale) * len(part) for part in parts]
     return float(sum(losses) / len(images))
@@ -101,73 +172,55 @@ def contrastive_loss(embedded: Embedded, scale: float, batch_size: int) -> float
 
 # ------------------------------------------------------------------------------ the script
 
-
-class Loaded(NamedTuple):
-    """A trained model and what its checkpoint says of it."""
-
-    path: Path
-    content: dict[str, Any]
-    model: Model
-
-    @property
-    def stage(self) -> str:
-        """How far it has learned: its epoch, and of several image towers how many."""
-        told = f"epoch {self.content['epoch']}"
-        if isinstance(self.model, SideBySide):
-            told += f", {self.model.trained} of {len(self.model.members)} image towers"
-        return told
+# What else is reported of a kind of data, and the features (kept, with words) it is measured on.
+REPORTS = {"posters": later("posters.report", "evaluate_films")}
+FEATURES = later("posters.words", "features_for_evaluation")
 
 
-def load_trained(path: Path | None, device: str) -> Loaded:
-    """Loads a checkpoint, by default the newest checkpoints/*/best.pt, and prints which.
-
-    Raises UserError.
-    """
-    if path is None:
-        found = sorted(Path("checkpoints").glob("*/best.pt"), key=lambda p: p.stat().st_mtime)
-        if not found:
-            raise UserError("no checkpoints/*/best.pt here; name a checkpoint, or run train.py")
-        path = found[-1]
-    content = load_checkpoint(path)
-    model = model_from_checkpoint(content, path)
-    trained = Loaded(path, content, model.to(choose_device(device)).eval())
-    print(f"checkpoint {path}, {trained.stage}")
-    return trained
-
-
-def load_data_for(trained: Loaded, options: Any) -> tuple[Dataset, Split]:
+def load_data_for(trained: Trained, options: Namespace) -> tuple[CaptionedImages, Pairs]:
     """The data that the flags name, or what the checkpoint was trained on, and its --split.
 
     Prints what was loaded. Raises UserError.
     """
-    config, data = trained.content["config"], options.data
-    splits = options.splits or ("auto" if data else config["splits"])
-    given = splits, trained.model.transform["stored_size"], options.cache, options.workers
+    config, data = trained.options, options.data
+    splits = options.splits or ("auto" if data else config.splits)
+    size, tokenizer = (getattr(trained.members[0], n) for n in ("transform", "tokenizer"))
+    where = splits, size["stored_size"], options.cache, options.workers, config.titles
     try:
-        dataset = load_dataset(data or config["data"], *given, config["titles"])
+        dataset = load_dataset(data or config.data, *where)
     except UserError as error:
         hint = "" if data else " (the data that it was trained on; --data PATH names another place)"
         raise UserError(f"{error}{hint}") from error
     print(dataset.summary())
-    return dataset, dataset.split(options.split)
+    return dataset, dataset.pairs(options.split, tokenizer)
 
 
-def trained_on(trained: Loaded, dataset: Dataset, images: np.ndarray) -> np.ndarray:
-    """Which of some images the model was trained on, by name or by content."""
-    seen = set().union(*trained.content["train_images"].values())
-    return np.array([bool({dataset.names[i], dataset.digests[i]} & seen) for i in images])
+def evaluate_trained(
+    trained: Trained, dataset: CaptionedImages, split: str, options: Namespace
+) -> Embedded:
+    """Embeds and ranks a split of the data, each member at its own picture size."""
+    parts = []
+    for model, content in zip(trained.members, trained.contents, strict=True):
+        resized = dataset.at_size(model.transform["stored_size"], options.cache, options.workers)
+        learner, pairs = model, resized.pairs(split, model.tokenizer)
+        if content["config"]["poster_text"] or dataset.kind in REPORTS:
+            options = Namespace(**{**content["config"], **vars(options)})
+            learner, pairs = FEATURES(model, pairs, options)
+        parts.append(embed_pairs(learner, pairs))
+    images, texts = zip(*parts, strict=True)
+    return ranked(pairs, side_by_side(images), side_by_side(texts))
 
 
-def protocol_of(dataset: Dataset, split: Split) -> dict[str, Any]:
+def protocol_of(dataset: CaptionedImages, pairs: Pairs) -> dict[str, Any]:
     """What a figure must be read with: pool sizes, the split and how ranks are counted."""
-    per_image = np.bincount(split.caption_image)
+    per_image = np.bincount(pairs.caption_image)
     return {
         "data": dataset.path,
-        "split": split.name,
+        "split": pairs.name,
         "splits": dataset.splits,
         "split_by_caption": dataset.by_caption,
-        "images": len(split.images),
-        "captions": len(split.captions),
+        "images": len(pairs.rows),
+        "captions": len(pairs),
         "captions_per_image": [int(per_image.min()), int(per_image.max())],
         "i2t": "rank of the best of the image's captions among all captions",
         "t2i": "rank of the caption's image among all images",
@@ -211,8 +264,8 @@ def metrics_table(metrics: dict[str, float], intervals: dict[str, list[float]]) 
 
 def add_model_flags(parser: Parser) -> None:
     """The flags that evaluate.py and visualize.py share."""
-    told = "default: the newest checkpoints/*/best.pt"
-    parser.add_argument("checkpoint", nargs="?", type=Path, help=told)
+    text = "one, or several side by side (default: the newest checkpoints/*/best.pt)"
+    parser.add_argument("checkpoint", nargs="*", type=Path, help=text)
     add_data_flags(parser, data=None, splits=None)
     flag = parser.add_argument_group("what to measure").add_argument
     flag("--split", choices=("test", "dev", "train"), default="test")
@@ -227,6 +280,50 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     print(f"wrote {path}")
 
 
+def save_embeddings(file: Path, embedded: Embedded, dataset: CaptionedImages) -> None:
+    """Writes plain arrays that np.load reads without pickle."""
+    with atomic_write(file) as temporary, temporary.open("wb") as opened:
+        np.savez(
+            opened,
+            image_embeddings=embedded.image_embeddings,
+            text_embeddings=embedded.text_embeddings,
+            image_names=np.array([dataset.names[i] for i in embedded.pairs.rows]),
+            captions=np.array(embedded.pairs.captions),
+            caption_image=embedded.pairs.caption_image,
+        )
+    print(f"wrote {file}")
+
+
+def measure(trained: Trained, options: Namespace) -> dict[str, Any]:
+    """Measures a split of the data, prints it, and returns its figures with their protocol."""
+    dataset, pairs = load_data_for(trained, options)
+    if seen := int(trained_on(trained, dataset, pairs.rows).sum()):
+        warn(f"{seen:,} of the {len(pairs.rows):,} images evaluated were trained on")
+    protocol = {
+        **protocol_of(dataset, pairs),
+        "trained_on": seen,
+        "checkpoint": " ".join(map(str, options.checkpoint or [trained.path])),
+    }
+    if dataset.kind in REPORTS and options.split == "test":
+        figures = REPORTS[dataset.kind](trained, dataset, options, sys.modules[__name__])
+        ranks = "rank among the group's films, one introduction a film"
+        return {**figures, "protocol": {**protocol, "i2t": ranks, "t2i": ranks}}
+    embedded = evaluate_trained(trained, dataset, options.split, options)
+    tokenizer = trained.members[0].tokenizer
+    if tokenizer.cut:
+        print(f"{tokenizer.cut:,} captions were cut to {tokenizer.max_tokens} tokens")
+    intervals = bootstrap_intervals(embedded.i2t, embedded.t2i, pairs.caption_image)
+    print(protocol_line(protocol))
+    print(metrics_table(embedded.metrics, intervals))
+    if options.distance_matrix:
+        first = embedded.text_embeddings[first_captions(pairs.caption_image)]
+        distances = -(embedded.image_embeddings @ first.T)
+        later("posters.report", "report_distances")(distances, options.distance_matrix)
+    if options.save_embeddings:
+        save_embeddings(options.save_embeddings, embedded, dataset)
+    return {**embedded.metrics, "intervals": intervals, "protocol": protocol}
+
+
 def main(argv: list[str]) -> None:
     keep_memory()
     parser = Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
@@ -234,8 +331,8 @@ def main(argv: list[str]) -> None:
     flag = parser.add_argument_group("what to write").add_argument
     flag("--json", type=Path, metavar="FILE", help="the figures and the protocol")
     flag("--save-embeddings", type=Path, metavar="FILE.npz", help="plain arrays, without pickle")
-    told = "D (N x N), float32: minus the cosine; rows are pictures by name, columns their texts"
-    flag("--distance-matrix", type=Path, metavar="FILE.npy", help=told)
+    text = "D (N x N), float32: minus the cosine; rows are pictures by name, columns their texts"
+    flag("--distance-matrix", type=Path, metavar="FILE.npy", help=text)
     options = parser.parse_args(argv)
     if options.templates and not options.zero_shot:
         raise UserError("--templates goes with --zero-shot")
@@ -243,136 +340,11 @@ def main(argv: list[str]) -> None:
         raise UserError("--save-embeddings and --distance-matrix do not go with --zero-shot")
     trained = load_trained(options.checkpoint, options.device)
     if options.zero_shot:
-        return evaluate_zero_shot(trained.model, options)
-    dataset, split = load_data_for(trained, options)
-    if seen := int(trained_on(trained, dataset, split.images).sum()):
-        warn(f"{seen:,} of the {len(split.images):,} images evaluated were trained on")
-    if dataset.films and options.split == "test":
-        figures = evaluate_films(trained, dataset, options)
-        if options.json:
-            about = {**protocol_of(dataset, split), "trained_on": seen}
-            told = "rank among the group's films, one introduction a film"
-            about |= {"i2t": told, "t2i": told, "checkpoint": str(trained.path)}
-            write_json(options.json, {**figures, "protocol": about})
-        return
-    cached = Cached(readings=readings_for(trained, dataset, split, options))
-    embedded = evaluate_split(trained.model, dataset, split, cached)
-    if (tokenizer := trained.model.tokenizer).cut:
-        print(f"{tokenizer.cut:,} captions were cut to {tokenizer.max_tokens} tokens")
-    intervals = bootstrap_intervals(embedded.i2t, embedded.t2i, split.caption_image)
-    protocol = {**protocol_of(dataset, split), "trained_on": seen, "checkpoint": str(trained.path)}
-    print(protocol_line(protocol))
-    print(metrics_table(embedded.metrics, intervals))
-    if options.distance_matrix:
-        first = embedded.text_embeddings[first_captions(split.caption_image)]
-        told_distances(distance_matrix(embedded.image_embeddings, first), options.distance_matrix)
+        figures = later("support.zeroshot", "evaluate_zero_shot")(trained, options)
+    else:
+        figures = measure(trained, options)
     if options.json:
-        write_json(options.json, {**embedded.metrics, "intervals": intervals, "protocol": protocol})
-    if options.save_embeddings:
-        save_embeddings(options.save_embeddings, embedded, dataset)
-
-
-def save_embeddings(file: Path, made: Embedded, dataset: Dataset) -> None:
-    """Writes plain arrays that np.load reads without pickle."""
-    with atomic_write(file) as temporary, temporary.open("wb") as opened_file:
-        np.savez(
-            opened_file,
-            image_embeddings=made.image_embeddings,
-            text_embeddings=made.text_embeddings,
-            image_names=np.array([dataset.names[i] for i in made.split.images]),
-            captions=np.array(made.split.captions),
-            caption_image=made.split.caption_image,
-        )
-    print(f"wrote {file}")
-
-
-def all_films(trained: Loaded, dataset: Dataset) -> tuple[Split, np.ndarray]:
-    """Every film of a split with its first introduction, and what it is to the model.
-
-    "train": it was trained on; "test": a test film that was not; the rest are in neither group.
-    """
-    rows = np.flatnonzero(dataset.labels != "")
-    rows = rows[first_captions(dataset.caption_image[rows])]
-    captions = [dataset.captions[i] for i in rows]
-    split = Split("whole", dataset.caption_image[rows], captions, np.arange(len(rows)))
-    seen, test = trained_on(trained, dataset, split.images), dataset.labels[rows] == "test"
-    return split, np.select([seen, test], ["train", "test"], "dev")
-
-
-def readings_for(
-    trained: Loaded, dataset: Dataset, split: Split, options: Any
-) -> np.ndarray | None:
-    """What is written on a split's pictures, for a model that was trained to read it."""
-    if trained.model.poster_text is None:
-        return None
-    config = {**trained.content["config"], "precision": "fp32"}  # a part of the cache's key
-    given = trained.model, dataset, config, options.cache, options.workers
-    return reading_features(*given)[split.images]
-
-
-def evaluate_films(trained: Loaded, dataset: Dataset, options: Any) -> dict[str, Any]:
-    """The generalisation table over all films: its figures, and prints it.
-
-    The features of a frozen image tower are kept: the next model on the same one is quick.
-    """
-    split, labels = all_films(trained, dataset)
-    model = trained.model
-    config = {**trained.content["config"], "precision": "fp32"}
-    cached = Cached(readings=readings_for(trained, dataset, split, options))
-    if isinstance(model, CLIP) and config["train_image"] == "0" and config["views"]:
-        start, views = len(model.image_blocks), 1 + model.transform["mirror"]
-        given = (split.images, {start: views}, config, options.cache, "film")
-        kept = image_features(model, dataset, *given)[start]
-        cached = cached._replace(images=kept, start=start)
-    made = evaluate_split(model, dataset, split, cached)
-    images, texts = made.image_embeddings, made.text_embeddings
-    figures, held = generalise(images, texts, labels), np.flatnonzero(labels == "test")
-    other = len(labels) - len(held) - int((labels == "train").sum())
-    print(f"{other:,} films (dev, or test films that were trained on) are in neither group")
-    if missing := [GROUPS[name] for name in GROUPS if name not in figures["groups"]]:
-        warn(f"fewer than two {' and '.join(missing)}: no figure for them")
-    if model.poster_text is not None and len(held) > 1:
-        rows = split.images[held]
-        paths, digests = [dataset.paths[i] for i in rows], [dataset.digests[i] for i in rows]
-        read = read_words(paths, digests, options.cache, options.workers)
-        pixels = dataset.pixels[rows]
-        hidden = np.stack([hide_words(p, r) for p, r in zip(pixels, read, strict=True)])
-        images = embed_images(model, hidden, np.arange(len(hidden)))
-        figures |= masked_figures(images, texts[held])
-    print(generalisation_table(figures))
-    if options.save_embeddings:
-        save_embeddings(options.save_embeddings, made, dataset)
-    distances = distance_matrix(made.image_embeddings, texts)
-    return figures | told_distances(distances, options.distance_matrix)
-
-
-def told_distances(distances: np.ndarray, file: Path | None) -> dict[str, float]:
-    """Prints the means of D, and writes it where a file is given."""
-    own, rest = mean_distances(distances)
-    print(
-        f"D = -cosine, {len(distances):,} pairs: mean {own:.4f} on the diagonal, {rest:.4f} off it"
-    )
-    if file:
-        with atomic_write(file) as temporary, temporary.open("wb") as opened_file:
-            np.save(opened_file, distances)
-        print(f"wrote {file}")
-    return {"distance_diagonal": own, "distance_rest": rest}
-
-
-def evaluate_zero_shot(model: Model, options: Any) -> None:
-    """Prints zero-shot accuracies, and writes them to options.json where that is given."""
-    result = zero_shot(model, options.zero_shot, options.templates, options.workers)
-    metrics = result.metrics()
-    for i, name in enumerate(result.classes):
-        count = int((result.truth == i).sum())
-        print(f"{name:24}{metrics['per_class'][name]:6.1f}%  of {count:,}")
-    print(
-        f"zero-shot on {metrics['pictures']:,} pictures of {len(result.classes)} classes: "
-        f"top-1 {metrics['zero_shot_top1']:.1f}%, top-5 {metrics['zero_shot_top5']:.1f}%; "
-        f"chance {metrics['chance']:.1f}% and {min(100, 5 * metrics['chance']):.1f}%"
-    )
-    if options.json:
-        write_json(options.json, metrics)
+        write_json(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,26 @@
-"""The losses: train.py calls `combined` on a batch of embeddings, evaluate.py `info_nce` on dev.
+"""The losses: train.py hands every batch of embeddings to what `build_loss` gives it.
 
 All take batches in which several captions may belong to one image: those are positives together,
 never each other's negatives. A new loss is one function and its entry in LOSSES.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from cli import UserError
+from support.command import UserError, later
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Callable
+
+    from dataset import Pairs
 
 
 def info_nce(
@@ -18,8 +29,6 @@ def info_nce(
     logit_scale: torch.Tensor | float,
     image_ids: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
-    alike: torch.Tensor | None = None,
-    soft_share: float = 0.0,
 ) -> torch.Tensor:
     """Symmetric InfoNCE of CLIP (Radford et al. 2021, figure 3): a scalar.
 
@@ -30,26 +39,19 @@ def info_nce(
     and likewise over the columns: each positive in turn, against what is not its image's. When all
     ids differ this is the assignment's formula. A batch of one has no negatives: its loss is 0.
     label_smoothing: the share of the target that is spread evenly over these candidates.
-    alike: (N, N), how alike the images of two pairs are, 0 or more; the share soft_share of the
-    target is spread over the others in proportion to it, where there are any. Raises ValueError
-    when the shapes do not fit.
+    Raises ValueError when the shapes do not fit.
     """
     cosines, same = compared(image_embeddings, text_embeddings, image_ids)
     hidden = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
     logits = logit_scale * cosines
-    own, loss = logits.diagonal(), 0.0
-    for axis in (1, 0):
-        every = logits.masked_fill(hidden, float("-inf")).logsumexp(axis)
-        wrong = every - own
+    true, loss = logits.diagonal(), 0.0
+    for axis in (1, 0):  # each image among the texts, each text among the images
+        all_of_them = logits.masked_fill(hidden, float("-inf")).logsumexp(axis)
+        cost = all_of_them - true
         if label_smoothing:
             mean = logits.masked_fill(hidden, 0.0).sum(axis) / (~hidden).sum(axis)
-            wrong = wrong.lerp(every - mean, label_smoothing)
-        if alike is not None:
-            others = alike.masked_fill(same, 0.0)
-            total = others.sum(axis)
-            mean = (others * logits).sum(axis) / total.clamp(min=1e-12)
-            wrong = wrong.lerp(every - mean, soft_share * (total > 0).to(wrong.dtype))
-        loss = loss + wrong.mean() / 2
+            cost = cost.lerp(all_of_them - mean, label_smoothing)
+        loss = loss + cost.mean() / 2
     return loss
 
 
@@ -67,77 +69,103 @@ def compared(
     return cosines, image_ids[:, None] == image_ids[None, :]
 
 
-def siglip(
-    image_embeddings: torch.Tensor,
-    text_embeddings: torch.Tensor,
-    logit_scale: torch.Tensor | float,
-    image_ids: torch.Tensor | None = None,
-    logit_bias: torch.Tensor | float = 0.0,
-) -> torch.Tensor:
+class SigLIP(nn.Module):
     """Sigmoid loss of SigLIP (Zhai et al. 2023, eq. 1): every pair is a yes or no of its own.
 
-    -1/N sum over i, j of log sigmoid( z_ij * (logit_scale * cosine_ij + logit_bias) ), where z_ij
-    is 1 for a pair of one image and -1 for any other.
+    -1/N sum over i, j of log sigmoid( z_ij * (logit_scale * cosine_ij + bias) ), where z_ij is 1
+    for a pair of one image and -1 for any other; the bias learns, and at first says no to most.
     """
-    cosines, same = compared(image_embeddings, text_embeddings, image_ids)
-    signs = same.to(cosines.dtype) * 2 - 1
-    return -F.logsigmoid(signs * (logit_scale * cosines + logit_bias)).sum() / len(cosines)
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor(-10.0))
+
+    def forward(
+        self,
+        image_embeddings: torch.Tensor,
+        text_embeddings: torch.Tensor,
+        logit_scale: torch.Tensor | float,
+        image_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        cosines, same = compared(image_embeddings, text_embeddings, image_ids)
+        signs = same.to(cosines.dtype) * 2 - 1
+        return -F.logsigmoid(signs * (logit_scale * cosines + self.bias)).sum() / len(cosines)
 
 
 def triplet(
     image_embeddings: torch.Tensor,
     text_embeddings: torch.Tensor,
+    logit_scale: torch.Tensor | float = 1.0,
     image_ids: torch.Tensor | None = None,
     margin: float = 0.2,
 ) -> torch.Tensor:
     """Max of hinges of VSE++ (Faghri et al. 2018, eq. 6), the mean over pairs.
 
     Each pair's cosine must exceed by `margin` that of its image with the hardest text, and of its
-    text with the hardest image, that are not of the same image.
+    text with the hardest image, that are not of the same image. It has no temperature.
     """
     cosines, same = compared(image_embeddings, text_embeddings, image_ids)
-    others = cosines.masked_fill(same, -1.0)
-    own = cosines.diagonal()
-    return sum((margin + others.amax(axis) - own).clamp(min=0).mean() for axis in (1, 0))
+    others, true = cosines.masked_fill(same, -1.0), cosines.diagonal()
+    return sum((margin + others.amax(axis) - true).clamp(min=0).mean() for axis in (1, 0))
 
 
-# name -> loss(images, texts, model's scale, model's bias, ids, alike, the run's config)
-LOSSES: dict[str, Callable[..., torch.Tensor]] = {
-    "infonce": lambda i, t, scale, bias, ids, alike, config: info_nce(
-        i, t, scale, ids, config["label_smoothing"], alike, config["soft_share"]
-    ),
-    "siglip": lambda i, t, scale, bias, ids, alike, config: siglip(i, t, scale, ids, bias),
-    "triplet": lambda i, t, scale, bias, ids, alike, config: triplet(i, t, ids),
+# name -> what makes loss(image embeddings, text embeddings, scale, image ids) for a run
+LOSSES: dict[str, Callable[[Namespace, Pairs], Callable[..., torch.Tensor]]] = {
+    "infonce": lambda options, pairs: partial(info_nce, label_smoothing=options.label_smoothing),
+    "siglip": lambda options, pairs: SigLIP(),
+    "triplet": lambda options, pairs: triplet,
+    "genres": later("posters.genres", "build"),
 }
 
 
 def parse_loss(text: str) -> list[tuple[float, str]]:
     """`infonce+0.2*triplet` -> [(1.0, "infonce"), (0.2, "triplet")]. Raises UserError."""
-    made = []
+    parts = []
     for part in text.split("+"):
         weight, star, name = part.strip().rpartition("*")
         try:
-            number = float(weight) if star else 1.0
+            factor = float(weight) if star else 1.0
         except ValueError:
-            number = 0.0
-        if name not in LOSSES or not 0 < number < 1e6:
+            factor = 0.0
+        if name not in LOSSES or not 0 < factor < 1e6:
             raise UserError(
                 f"--loss {text}: {part!r} is none of {', '.join(LOSSES)}, alone or with a weight "
                 "above 0, as in infonce+0.2*triplet"
             )
-        made.append((number, name))
-    return made
+        parts.append((factor, name))
+    return parts
 
 
-def combined(
-    image_embeddings: torch.Tensor,
-    text_embeddings: torch.Tensor,
-    logit_scale: torch.Tensor,
-    logit_bias: torch.Tensor,
-    image_ids: torch.Tensor,
-    alike: torch.Tensor | None,
-    config: dict,
-) -> torch.Tensor:
-    """The weighted sum of losses that config["loss"] asks for."""
-    given = (image_embeddings, text_embeddings, logit_scale, logit_bias, image_ids, alike, config)
-    return sum(weight * LOSSES[name](*given) for weight, name in parse_loss(config["loss"]))
+class WeightedSum(nn.Module):
+    """The sum of losses that --loss asks for."""
+
+    def __init__(self, losses: list[tuple[float, Callable[..., torch.Tensor]]]):
+        super().__init__()
+        self.losses = losses
+        self.learned = nn.ModuleList(loss for _, loss in losses if isinstance(loss, nn.Module))
+
+    def forward(self, *batch: torch.Tensor) -> torch.Tensor:
+        return sum(weight * loss(*batch) for weight, loss in self.losses)
+
+
+def build_loss(options: Namespace, pairs: Pairs) -> WeightedSum:
+    """The loss of a run on its training pairs. Raises UserError."""
+    return WeightedSum([(w, LOSSES[name](options, pairs)) for w, name in parse_loss(options.loss)])
+
+
+WHAT_THEN = "training is stopped, the last checkpoint is intact; try a lower --lr or more --warmup"
+
+
+def check_finite(value: float, images: torch.Tensor, texts: torch.Tensor, place: str) -> None:
+    """Raises UserError for a loss or embeddings not finite, or 8 or more that are the same point.
+
+    Measured: fresh models spread by 1e-4 or more; a collapsed one by float32's rounding, 1e-13.
+    """
+    if not math.isfinite(value):
+        raise UserError(f"{place}: the loss is {value}; {WHAT_THEN}")
+    for article, name, embeddings in (("an", "image", images), ("a", "text", texts)):
+        if not embeddings.isfinite().all():
+            raise UserError(f"{place}: {article} {name} embedding is not finite; {WHAT_THEN}")
+        spread = (embeddings - embeddings.mean(0)).square().sum(1).mean().item()
+        if len(embeddings) >= 8 and spread < 1e-10:
+            raise UserError(f"{place}: all {name} embeddings are the same point; {WHAT_THEN}")

@@ -1,40 +1,130 @@
-"""The model: an image tower (towers.py) and a text tower (text_towers.py) in one space.
+"""The model: an image tower and a text tower, a projection behind each, one space for both.
 
-train.py builds it with `build_model` and keeps it with `save_checkpoint`; evaluate.py and
-visualize.py read it back with `load_checkpoint`. A new projection head is one entry of HEADS.
+train.py builds it with `build_model`, evaluate.py reads it back with `model_from_checkpoint`.
+A new tower is one entry of IMAGE_TOWERS or TEXT_TOWERS, a new projection one of HEADS.
 """
 
-import ctypes
+from __future__ import annotations
+
 import math
-import os
-import platform
-import shutil
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 import torchvision
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from captions import AnyTokenizer, Tokenizer, WordPieces
-from cli import UserError, atomic_write
-from images import AUGMENTATIONS
-from ocr import READINGS
-from text_towers import TEXT_TOWERS, load_text_weights
-from towers import (
-    IMAGE_TOWERS,
-    NOT_A_CHECKPOINT,
-    SameConv2d,
-    first_line,
-    load_image_weights,
-)
+from dataset import PAD, Tokenizer
+from sources.pictures import AUGMENTATIONS
+from support.checkpoint import NOT_A_CHECKPOINT, first_line
+from support.command import UserError, later
 
-# --------------------------------------------------------------------------- projection heads
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+# ------------------------------------------------------------------------- the image tower
+
+
+class Normalize(nn.Module):
+    """Pixels in [0, 1] (B, 3, H, W) -> ImageNet's mean 0 and deviation 1: every tower's first."""
+
+    def __init__(self):
+        super().__init__()
+        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (images - self.mean) / self.std
+
+
+def resnet18(options: Namespace) -> nn.Sequential:
+    """ResNet18 (He et al. 2016) without its classifier: (B, 3, S, S) -> (B, 512).
+
+    Pretrained statistics are better than those of small batches: they stay as they are.
+    """
+    norm = nn.BatchNorm2d if options.image_weights == "none" else torchvision.ops.FrozenBatchNorm2d
+    return cut_resnet(getattr(torchvision.models, options.image_tower)(norm_layer=norm))
+
+
+def cut_resnet(net: nn.Module) -> nn.Sequential:
+    """A torchvision ResNet as the blocks that the data meets, one after the other."""
+    tower = nn.Sequential(
+        Normalize(),
+        nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool),  # (B, 64, S/4, S/4)
+        *(block for layer in (net.layer1, net.layer2, net.layer3, net.layer4) for block in layer),
+        nn.Sequential(net.avgpool, nn.Flatten()),  # the mean over all places
+    )
+    tower.width = net.fc.in_features
+    return tower
+
+
+# -------------------------------------------------------------------------- the text tower
+
+
+class TextTransformer(nn.Module):
+    """A pre-norm Transformer encoder; a text's feature is the mean over its own tokens."""
+
+    def __init__(self, vocabulary: int, max_tokens: int, width: int, layers: int, dropout: float):
+        super().__init__()
+        self.width = width
+        self.words = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(torch.zeros(max_tokens, width))
+        nn.init.normal_(self.words.weight, std=0.02)
+        nn.init.normal_(self.positions, std=0.01)
+        # Heads of 64 numbers or a little more: their count has to divide the width.
+        heads = next(n for n in range(width // 64 or 1, 0, -1) if width % n == 0)
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 4 * width, dropout, "gelu", batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (B, L), 0 where padded -> features (B, width)."""
+        padding = tokens == PAD
+        x = self.words(tokens) + self.positions[: tokens.shape[1]]  # (B, L, width)
+        # Under autocast torch 2.0 wants the mask in the type that matrix products come in.
+        product = x[:1, :1] @ x[:1, :1].mT
+        mask = torch.zeros_like(padding, dtype=product.dtype).masked_fill(padding, -math.inf)
+        x = self.encoder(x, src_key_padding_mask=mask)
+        return x.masked_fill(padding[..., None], 0.0).sum(1) / (~padding).sum(1, keepdim=True)
+
+    def blocks(self) -> list[nn.Module]:
+        *lower, last = self.encoder.layers
+        return [self.words, *lower, nn.ModuleList([last, self.encoder.norm])]
+
+
+class TextLSTM(nn.Module):
+    """A bidirectional LSTM over packed texts; a text's feature is the maximum over its tokens."""
+
+    def __init__(self, vocabulary: int, width: int, layers: int, dropout: float):
+        super().__init__()
+        self.width = 2 * width
+        self.words = nn.Embedding(vocabulary, width)
+        nn.init.normal_(self.words.weight, std=0.1)
+        self.drop = nn.Dropout(dropout)
+        between = dropout if layers > 1 else 0.0
+        self.lstm = nn.LSTM(width, width, layers, True, True, between, bidirectional=True)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (B, L), 0 where padded -> features (B, 2 * width)."""
+        lengths = (tokens != PAD).sum(1).cpu()  # packing wants them on the CPU
+        x = self.drop(self.words(tokens))  # (B, L, width)
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        # On a CPU in float32: without bf16 instructions oneDNN has no bf16 LSTM at all.
+        on_cpu = x.device.type == "cpu"
+        with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
+            states = self.lstm(packed)[0]
+        return pad_packed_sequence(states, True, padding_value=-math.inf)[0].amax(1)
+
+    def blocks(self) -> list[nn.Module]:
+        return [self.words, self.lstm]
+
+
+# ------------------------------------------------------------------------- the projections
 
 
 class LinearHead(nn.Linear):
@@ -48,7 +138,7 @@ class LinearHead(nn.Linear):
         return super().forward(F.dropout(features, self.dropout, self.training))
 
 
-class ResidualMLP(nn.Module):
+class MLPHead(nn.Module):
     """Standardised features through a linear map, plus what two layers add to it."""
 
     def __init__(self, width: int, embed_dim: int, dropout: float):
@@ -65,418 +155,214 @@ class ResidualMLP(nn.Module):
         return self.linear(dropped) + self.out(hidden)
 
 
-class IdentityHead(nn.Linear):
-    """Centred features through a matrix that starts as the identity, on the first `embed_dim`.
-
-    For a text tower whose features are good embeddings already, such as MiniLM's first 384.
-    """
-
-    def __init__(self, width: int, embed_dim: int, dropout: float):
-        super().__init__(width, embed_dim, bias=False)
-        nn.init.eye_(self.weight)
-        self.dropout = dropout
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("seen", torch.zeros(()))
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        if self.training:  # the mean of all that was seen in training
-            self.seen += len(features)
-            self.mean += (features.detach() - self.mean).sum(0) / self.seen
-        return super().forward(F.dropout(features - self.mean, self.dropout, self.training))
-
-
-HEADS: dict[str, type[nn.Module]] = {
+HEADS: dict[str, Callable[[int, int, float], nn.Module]] = {
     "linear": LinearHead,
-    "mlp": ResidualMLP,
-    "identity": IdentityHead,
+    "mlp": MLPHead,
+    "identity": later("posters.head", "IdentityHead"),
 }
 
-
-class PosterText(nn.Module):
-    """What is written on a picture, added to what it shows.
-
-    Each reading of its words (ocr.READINGS) goes through the text tower and its projection as any
-    text does; only how much each counts is learned, from its place among the readings and from its
-    features: few numbers, that cannot learn a poster by heart.
-    """
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weigh = nn.Linear(width, 1, bias=False)
-        nn.init.zeros_(self.weigh.weight)
-        self.place = nn.Parameter(torch.zeros(len(READINGS)))
-        self.share = nn.Parameter(torch.tensor(1.0))  # of the words; a logit
-
-    def forward(
-        self, picture: torch.Tensor, readings: torch.Tensor, project: nn.Module
-    ) -> torch.Tensor:
-        """picture (B, D), unit length; readings (B, R, width), 0 where none -> (B, D)."""
-        there = readings.any(2)
-        made = picture.new_zeros(*there.shape, picture.shape[1])
-        was_training = project.training
-        project.eval()  # neither dropout nor statistics of texts that are no captions
-        made[there] = F.normalize(project(readings[there]), dim=-1)
-        project.train(was_training)
-        scores = self.weigh(readings)[..., 0] + self.place
-        weights = scores.masked_fill(~there, -1e9).softmax(1)[..., None]
-        words = F.normalize((weights * made).sum(1), dim=-1)
-        return picture.lerp(words, self.share.sigmoid())
-
-
-# ------------------------------------------------------------------------------ the two of them
+# ------------------------------------------------------------------------- the two together
 
 
 class CLIP(nn.Module):
-    """Two towers, a projection each, and a learned temperature."""
+    """Two towers, a projection each, and a temperature (Radford et al. 2021)."""
 
-    MAX_SCALE = 100.0
+    MAX_SCALE = 100.0  # as in CLIP: beyond it training becomes unstable
+    autocast: torch.dtype | None = None  # of the towers in training; None: float32
+    tokenizer: Tokenizer
+    transform: dict[str, Any]  # how a picture becomes the input: image_size, stored_size, mirror
 
-    def __init__(self, config: dict[str, Any], transform: dict[str, Any], tokenizer: AnyTokenizer):
+    def __init__(
+        self,
+        image_tower: nn.Module,
+        text_tower: nn.Module,
+        image_projection: nn.Module,
+        text_projection: nn.Module,
+        logit_scale: nn.Parameter,  # the logarithm of 1 / temperature
+    ):
         super().__init__()
-        images = IMAGE_TOWERS[config["image_tower"]].build(config["image_tower"], config)
-        texts = TEXT_TOWERS[config["text_tower"]].build(config, len(tokenizer.vocabulary))
-        embed_dim = config["embed_dim"]
-        self.image_tower, self.text_tower = images.module, texts.module
-        self.image_blocks, self.text_blocks = images.blocks, texts.blocks
-        self.text_width, self.embed_dim = texts.width, embed_dim
-        heads = HEADS[config["head"]], HEADS[config["text_head"]]
-        self.image_projection = heads[0](images.width, embed_dim, config["image_dropout"])
-        self.text_projection = heads[1](texts.width, embed_dim, config["text_dropout"])
-        self.poster_text = PosterText(texts.width) if config["poster_text"] else None
-        # The logarithm of 1 / temperature, as in CLIP; `scale()` is the factor itself.
-        self.logit_scale = nn.Parameter(
-            torch.tensor(math.log(1 / config["temperature"])), not config["fixed_temperature"]
-        )
-        # Of the sigmoid loss alone, which starts with nearly every pair called wrong (SigLIP).
-        self.logit_bias = nn.Parameter(torch.tensor(-10.0), "siglip" in config["loss"])
-        self.autocast: torch.dtype | None = None  # of the towers in training; None: float32
-        self.always_lower = False  # features.py sets it: frozen blocks as training would run them
-        self.pretrained = config["image_weights"] != "none"
-        self.transform, self.tokenizer = transform, tokenizer
-        for name in ("mean", "std"):
-            value = torch.tensor(transform[name]).view(1, 3, 1, 1)
-            self.register_buffer(f"pixel_{name}", value, persistent=False)
+        self.image_tower, self.text_tower = image_tower, text_tower
+        self.image_projection, self.text_projection = image_projection, text_projection
+        self.logit_scale = logit_scale
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """images (B, 3, S, S) in [0, 1] -> unit-length embeddings (B, embed_dim), float32."""
+        with self.lower_precision():
+            features = self.image_tower(images)  # (B, width)
+        return F.normalize(self.image_projection(features.float()), dim=-1)
+
+    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (B, L), 0 where padded -> unit-length embeddings (B, embed_dim), float32."""
+        with self.lower_precision():
+            features = self.text_tower(tokens)  # (B, width)
+        return F.normalize(self.text_projection(features.float()), dim=-1)
+
+    def above(self, image_tower: nn.Module, text_tower: nn.Module) -> CLIP:
+        """The same weights but for the towers: what is above blocks that are computed once."""
+        heads = self.image_projection, self.text_projection
+        model = CLIP(image_tower, text_tower, heads[0], heads[1], self.logit_scale)
+        model.tokenizer, model.transform = self.tokenizer, self.transform
+        model.autocast = self.autocast
+        return model
+
+    def scale(self) -> torch.Tensor:
+        """The factor on the cosines, 1 / temperature."""
+        return self.logit_scale.exp()
+
+    def forward(
+        self, images: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.encode_image(images), self.encode_text(tokens), self.scale()
+
+    def lower_precision(self) -> AbstractContextManager:
+        """Autocast for a tower in training; evaluation, projections and loss stay in float32."""
+        if self.autocast is None or not self.training:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast)
+
+    def train(self, mode: bool = True) -> CLIP:
+        """Like nn.Module.train, but a module with all its weights frozen stays in eval mode."""
+        super().train(mode)
+        for module in list(self.modules())[1:]:  # without the model itself, whose eval() leads here
+            weights = list(module.parameters())
+            if weights and not any(weight.requires_grad for weight in weights):
+                module.eval()
+        return self
 
     @property
     def device(self) -> torch.device:
         return self.logit_scale.device
 
-    @property
-    def members(self) -> list["CLIP"]:
-        """Itself alone; see SideBySide."""
-        return [self]
 
-    def train_towers(self, image: str, text: str) -> None:
-        """Lets the last `image` and `text` blocks learn (0: none, "all": the whole tower)."""
-        towers = (
-            (image, self.image_tower, self.image_blocks),
-            (text, self.text_tower, self.text_blocks),
+def hold_back(tower: nn.Module, count: int) -> None:
+    """Lets the last `count` blocks of a tower learn, of those that have weights.
+
+    A layer may hold back more of itself: its own `hold_back` is called.
+    """
+    blocks = list(tower) if isinstance(tower, nn.Sequential) else tower.blocks()
+    blocks = [block for block in blocks if any(True for _ in block.parameters())]
+    tower.requires_grad_(count >= len(blocks))
+    for block in blocks[max(0, len(blocks) - count) :]:
+        block.requires_grad_(True)
+    for layer in tower.modules():
+        if hasattr(layer, "hold_back"):
+            layer.hold_back()
+
+
+# ------------------------------------------------------------------------- tables, building
+
+
+class ImageTower(NamedTuple):
+    """How an image tower is built and filled with weights of others."""
+
+    build: Callable[[Namespace], nn.Sequential]
+    load: Callable[[nn.Sequential, str, str], None] = later("towers.weights", "load_torchvision")
+    size: int = 224  # of the pictures that it was pretrained on
+    weights: str = "none"  # --image-weights where the flag is left out
+
+
+class TextTower(NamedTuple):
+    """How a text tower is built: build(options, words in the vocabulary)."""
+
+    build: Callable[[Namespace, int], nn.Module]
+    pretrained: bool = False  # it is a BERT, with a vocabulary of its own (towers/bert.py)
+
+
+LITE = "towers.efficientnet"
+IMAGE_TOWERS = {
+    "resnet18": ImageTower(resnet18),
+    "resnet50": ImageTower(resnet18),  # the same, deeper and four times as wide
+    "vit_b_16": ImageTower(later("towers.vit", "vit_b_16"), weights="imagenet"),
+    **{
+        f"efficientnet_lite{n}": ImageTower(
+            later(LITE, f"efficientnet_lite{n}"), later(LITE, "load_weights"), size, "imagenet"
         )
-        for wanted, tower, blocks in towers:
-            tower.requires_grad_(wanted == "all")
-            if wanted == "all":
-                continue
-            learned = [block for block in blocks if any(True for _ in block.parameters())]
-            for block in learned[max(0, len(learned) - int(wanted)) :]:
-                block.requires_grad_(True)
-        for module in self.image_tower.modules():
-            if isinstance(module, SameConv2d) and module.bias is not None:
-                # A bias that a batch norm was folded into stays, and so does a convolution of each
-                # channel alone: little to learn, and on a CPU their gradients are 2/5 of the step.
-                module.bias.requires_grad_(False)
-                module.weight.requires_grad_(module.weight.requires_grad and module.groups == 1)
-
-    def first_that_learns(self) -> int:
-        """The place of the first image block with a weight that learns, or how many there are."""
-        for place, block in enumerate(self.image_blocks):
-            if any(weight.requires_grad for weight in block.parameters()):
-                return place
-        return len(self.image_blocks)
-
-    def train(self, mode: bool = True) -> "CLIP":
-        """Like nn.Module.train, but a module with all its weights frozen stays in eval mode.
-
-        So do the batch norms of a pretrained image tower: its statistics are better than those of
-        small batches.
-        """
-        super().train(mode)
-        for module in list(self.modules())[1:]:  # without the model itself, whose eval() leads here
-            weights = list(module.parameters())
-            settled = self.pretrained and isinstance(module, nn.BatchNorm2d)
-            if settled or (weights and not any(weight.requires_grad for weight in weights)):
-                module.eval()
-        return self
-
-    def normalised(self, images: torch.Tensor) -> torch.Tensor:
-        return (images - self.pixel_mean) / self.pixel_std
-
-    def encode_image(
-        self, images: torch.Tensor, start: int = 0, readings: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """images (B, 3, H, W) in [0, 1] -> unit-length embeddings (B, embed_dim), float32.
-
-        With `start`, `images` is the input of that block, as features.py keeps it; `readings`
-        are of the words on the images, for a model that reads.
-        """
-        with self.lower_precision():
-            features = images if start else self.normalised(images)
-            for block in self.image_blocks[start:]:
-                features = block(features)
-        made = F.normalize(self.image_projection(features.float()), dim=-1)
-        if self.poster_text is None or readings is None:
-            return made
-        made = self.poster_text(made, readings.float(), self.text_projection)
-        return F.normalize(made, dim=-1)
-
-    def encode_views(
-        self, views: Iterable[torch.Tensor], start: int = 0, readings: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """The mean of the embeddings of some views of the same images, unit length again."""
-        made = [self.encode_image(view, start, readings) for view in views]
-        return made[0] if len(made) == 1 else F.normalize(sum(made), dim=-1)
-
-    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (B, L), 0 where padded -> unit-length embeddings (B, embed_dim), float32.
-
-        `tokens` that are not whole numbers are features of the tower, as features.py keeps them.
-        """
-        with self.lower_precision():
-            features = tokens if tokens.is_floating_point() else self.text_tower(tokens)
-        return F.normalize(self.text_projection(features.float()), dim=-1)
-
-    def lower_precision(self) -> AbstractContextManager:
-        """Autocast for a tower in training; evaluation, projections and loss stay in float32."""
-        if self.autocast is None or not (self.training or self.always_lower):
-            return nullcontext()
-        return torch.autocast(self.device.type, self.autocast)
-
-    def scale(self) -> torch.Tensor:
-        """The factor on the cosines, at most MAX_SCALE; there it still has its gradient."""
-        # train.py holds logit_scale at the limit itself, where clamp would give no gradient.
-        return self.logit_scale.clamp(max=math.log(self.MAX_SCALE) + 1e-6).exp()
-
-    def forward(
-        self,
-        images: torch.Tensor,
-        tokens: torch.Tensor,
-        start: int = 0,
-        readings: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.encode_image(images, start, readings), self.encode_text(tokens), self.scale()
+        for n, size in enumerate((224, 240, 260))
+    },
+}
+TEXT_TOWERS = {
+    "transformer": TextTower(
+        lambda options, words: TextTransformer(
+            words, options.max_tokens, options.text_width, options.text_layers, options.dropout
+        )
+    ),
+    "lstm": TextTower(
+        lambda options, words: TextLSTM(
+            words, options.text_width, options.text_layers, options.dropout
+        )
+    ),
+    "bag": TextTower(
+        lambda options, words: later("towers.bag", "TextBag")(
+            words, options.text_width, options.dropout
+        )
+    ),
+    "minilm": TextTower(later("towers.bert", "minilm"), pretrained=True),
+    "bert": TextTower(later("towers.bert", "bert"), pretrained=True),
+}
 
 
-class SideBySide(nn.Module):
-    """CLIPs of several image towers as one model: a cosine of it is the mean of theirs.
-
-    They share a frozen text tower and are trained one after the other; the first `trained` count.
-    """
-
-    poster_text = None
-
-    def __init__(self, members: list[CLIP]):
-        super().__init__()
-        for member in members[1:]:
-            member.text_tower, member.text_blocks = members[0].text_tower, members[0].text_blocks
-        self.members = nn.ModuleList(members)
-        self.transform, self.tokenizer = members[0].transform, members[0].tokenizer
-        self.register_buffer("trained", torch.tensor(1))
-
-    @property
-    def device(self) -> torch.device:
-        return self.members[0].device
-
-    @property
-    def embed_dim(self) -> int:
-        return self.trained.item() * self.members[0].embed_dim
-
-    def encode_views(
-        self, views: Iterable[torch.Tensor], start: int = 0, readings: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Views of images, (B, 3, H, W) each, to unit length (B, trained * embed_dim)."""
-        views, members = list(views), self.members[: self.trained]
-        return side_by_side([member.encode_views(views, start, readings) for member in members])
-
-    def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens (B, L), 0 where padded -> unit-length embeddings (B, trained * embed_dim)."""
-        features, members = self.members[0].text_tower(tokens), self.members[: self.trained]
-        return side_by_side([member.encode_text(features) for member in members])
-
-
-Model = CLIP | SideBySide
-
-
-def side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Unit-length embeddings of several widths, put together to unit length again.
-
-    A cosine of the whole is the mean of the parts', each counting by its width.
-    """
-    if len(parts) == 1:
-        return parts[0]
-    widths = [part.shape[1] for part in parts]
-    scaled = [part * math.sqrt(width) for part, width in zip(parts, widths, strict=True)]
-    return torch.cat(scaled, 1) / math.sqrt(sum(widths))
-
-
-def image_towers(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The config of each of the towers that +'s part, with its own part of --train-image."""
-    names, trained = config["image_tower"].split("+"), config["train_image"].split("+")
-    if len(trained) == 1:
-        trained *= len(names)
-    pairs = zip(names, trained, strict=True)
-    return [{**config, "image_tower": name, "train_image": count} for name, count in pairs]
-
-
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-
-
-def image_transform(config: dict[str, Any]) -> dict[str, Any]:
+def image_transform(options: Namespace) -> dict[str, Any]:
     """How a picture becomes the model's input; it travels in the checkpoint.
 
     Pictures are decoded to `stored_size` (bicubic, squashed to a square), which is an eighth larger
     than the input where they are cropped, so that a crop keeps its sharpness, then resized to
     `image_size`. With `mirror` an embedding is the mean of the picture's and its mirror image's.
     """
-    cropped = AUGMENTATIONS[config["image_augment"]].area < 1
-    stored = config["image_size"] * 9 // 8 if cropped else config["image_size"]
+    cropped = AUGMENTATIONS[options.image_augment].area < 1
+    stored = options.image_size * 9 // 8 if cropped else options.image_size
     return {
-        "image_size": config["image_size"],
-        "stored_size": 64 if config["data"] == "shapes" else stored,
-        "mirror": config["test_mirror"],
-        **IMAGENET,
+        "image_size": options.image_size,
+        "stored_size": 64 if options.data == "shapes" else stored,
+        "mirror": options.test_mirror,
     }
 
 
-def make_tokenizer(config: dict[str, Any], vocabulary: list[str]) -> AnyTokenizer:
+def make_tokenizer(options: Namespace, vocabulary: list[str]) -> Tokenizer:
     """The tokenizer that the text tower reads."""
-    if "text_architecture" in config:
-        return WordPieces(vocabulary, config["max_tokens"], config["text_lower_case"])
-    return Tokenizer(vocabulary, config["max_tokens"])
+    if TEXT_TOWERS[options.text_tower].pretrained:
+        return later("towers.bert", "WordPieces")(
+            vocabulary, options.max_tokens, options.text_lower_case
+        )
+    return Tokenizer(vocabulary, options.max_tokens)
 
 
-def build_model(
-    config: dict[str, Any],
-    transform: dict[str, Any],
-    tokenizer: AnyTokenizer,
-    text_folder: Path | None = None,
-    pretrained: bool = True,
-) -> Model:
-    """Builds the model; its random weights come from config["seed"] alone.
+def build_model(options: Namespace, tokenizer: Tokenizer, pretrained: bool = True) -> CLIP:
+    """Builds the model; its random weights come from options.seed alone.
 
-    With `pretrained` the weights that config["image_weights"] and `text_folder` name are loaded.
+    With `pretrained` the weights that options.image_weights and options.text_weights name are
+    loaded. Raises UserError when they cannot be.
     """
+    entry, heads = IMAGE_TOWERS[options.image_tower], (options.head, options.text_head)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config["seed"])
-        members = [CLIP(each, transform, tokenizer) for each in image_towers(config)]
-    if pretrained and config["image_weights"] != "none":
-        for member, each in zip(members, image_towers(config), strict=True):
-            load_image_weights(member.image_tower, each["image_tower"], config["image_weights"])
-    if pretrained and text_folder:
-        load_text_weights(members[0].text_tower, text_folder)
-    model = members[0] if len(members) == 1 else SideBySide(members)
+        torch.manual_seed(options.seed)
+        images = entry.build(options)
+        texts = TEXT_TOWERS[options.text_tower].build(options, len(tokenizer.vocabulary))
+        to_images = HEADS[heads[0]](images.width, options.embed_dim, options.image_dropout)
+        to_texts = HEADS[heads[1]](texts.width, options.embed_dim, options.text_dropout)
+        if options.poster_text:
+            to_images = later("posters.head", "PosterHead")(to_images, to_texts, texts.width)
+    if pretrained and options.image_weights != "none":
+        entry.load(images, options.image_tower, options.image_weights)
+    if pretrained and options.text_weights != "none":
+        folder = later("towers.bert", "folder_of")(options.text_tower, options.text_weights)
+        later("towers.bert", "load_weights")(texts, folder)
+    scale = torch.tensor(math.log(1 / options.temperature))
+    scale = nn.Parameter(scale, requires_grad=not options.fixed_temperature)
+    model = CLIP(images, texts, to_images, to_texts, scale)
+    model.tokenizer, model.transform = tokenizer, image_transform(options)
     return model.to(memory_format=torch.channels_last)
 
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+def model_from_checkpoint(content: dict[str, Any], path: Path) -> CLIP:
+    """Builds the model, with its tokenizer, that a checkpoint holds. Raises UserError."""
+    from argparse import Namespace
 
-
-def choose_precision(name: str, device: torch.device) -> str:
-    """`auto` asks the device; bf16 emulated by a CPU is several times slower than fp32."""
-    if name == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 needs a GPU; use bf16, fp32 or auto")
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    native = any(getattr(torch.cpu, test, lambda: False)() for test in tests)
-    return "bf16" if device.type == "cpu" and native else "fp32"
-
-
-def keep_memory() -> None:
-    """Tells glibc to keep freed memory: large batches on a CPU are 1.6 to 2 times as fast for it.
-
-    Otherwise every large tensor is mapped afresh, and its pages are zeroed again.
-    """
-    if sys.platform == "linux":
-        library = ctypes.CDLL(None)
-        if hasattr(library, "mallopt"):  # musl has none
-            for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
-                library.mallopt(option, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-
-
-def keep_order() -> None:
-    """Lets CUDA sum in one order alone, so that a run done again, or resumed, has the same bits."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cuda.enable_mem_efficient_sdp(False)  # has no such order in its gradient
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises UserError for what is missing."""
-    known = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if name == "auto":
-        name = next((device for device, there in known.items() if there()), "cpu")
-    if name in known and not known[name]():
-        raise UserError(f"--device {name}: this machine or this torch has none; use --device auto")
-    if name == "cuda":
-        keep_order()
-    return torch.device(name)
-
-
-# ------------------------------------------------------------------------------ checkpoints
-
-FORMAT, VERSION = "mini-clip", 3
-
-
-def save_checkpoint(path: Path, content: dict[str, Any], copy: Path | None = None) -> None:
-    """Writes plain tensors, numbers and strings, atomically; to `copy` first where one is wanted.
-
-    When the process dies in between, `path` is still the older one, and redoing its epoch writes
-    the same `copy` again.
-    """
-    used = {module.__name__: str(module.__version__) for module in (torch, torchvision, np)}
-    versions = {"python": platform.python_version(), **used}
-    with atomic_write(path) as temporary:
-        try:
-            torch.save(
-                {"format": FORMAT, "version": VERSION, "versions": versions, **content}, temporary
-            )
-        except RuntimeError as error:  # torch's word for a full disk
-            raise OSError(28, f"{first_line(error)} (is the disk full?)") from error
-        if copy:
-            with atomic_write(copy) as second:
-                shutil.copyfile(temporary, second)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads what `save_checkpoint` wrote; never runs code from the file. Raises UserError."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name the checkpoint in it, such as {path}/best.pt")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
-    except NOT_A_CHECKPOINT as error:
-        raise UserError(
-            f"{path} is not a checkpoint of train.py, or a damaged one ({first_line(error)})"
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is a checkpoint of another program; give one of train.py")
-    if content.get("version") != VERSION:
-        raise UserError(
-            f"{path} has checkpoint version {content.get('version')}, this code reads {VERSION}; "
-            "train again, or use the code that wrote it"
-        )
-    return content
-
-
-def model_from_checkpoint(content: dict[str, Any], path: Path) -> Model:
-    """Builds the model, with its tokenizer, that a checkpoint holds."""
-    try:
-        config = content["config"]
-        tokenizer = make_tokenizer(config, content["vocabulary"])
-        model = build_model(config, content["transform"], tokenizer, pretrained=False)
+        options = Namespace(**content["config"])
+        tokenizer = make_tokenizer(options, content["vocabulary"])
+        model = build_model(options, tokenizer, pretrained=False)
         model.load_state_dict(content["model"])
+        model.transform = content["transform"]
     except NOT_A_CHECKPOINT as error:
         raise UserError(f"{path} holds another model: {first_line(error)}") from error
     return model

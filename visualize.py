@@ -1,288 +1,398 @@
-"""The figures: what a text or a picture finds, in grids, and with charts.py all that has axes.
+"""The figures: the run's curves, cosines, t-SNE, and grids of what a text or a picture finds.
 
-`python visualize.py [CHECKPOINT]` follows evaluate.py, whose embeddings and ranks it draws. Files
-named grid_* show pictures of the data.
+`python visualize.py [CHECKPOINT ...]` follows evaluate.py, whose embeddings and ranks it draws.
+Files named grid_* show pictures of the data.
 """
 
+from __future__ import annotations
+
+import support.python  # noqa: F401  refuses a Python that is too old, before all else
+
+# isort: split
+
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from matplotlib.collections import LineCollection
 from PIL import Image
 
 import evaluate
-import zeroshot
-from captions import AnyTokenizer, plain_title
-from charts import (
-    GREEN,
-    INK,
-    RED,
-    canvas,
-    cosine,
-    draw_ablations,
-    draw_confusion,
-    draw_curves,
-    draw_distances,
-    draw_gap,
-    draw_genres,
-    draw_similarity,
-    draw_tsne,
-    read_ablations,
-    sample_pairs,
-    wrapped,
-)
-from cli import Parser, UserError, number, run, warn
-from dataset import Dataset, Split
-from embedding import Cached, embed_images, embed_texts
-from evaluate import Embedded, Loaded
-from generalisation import distance_matrix, genre_recalls, paired_ranks
-from images import thumbnail
-from layouts import Row as Film
-from metrics import first_captions
-from models import load_checkpoint
+from evaluate import Embedded, first_captions
+from sources.pictures import thumbnail
+from support import zeroshot
+from support.checkpoint import load_checkpoint
+from support.command import Parser, UserError, later, number, run, warn
+from support.embedding import Trained, load_trained, trained_on
+from support.figures import GREEN, GREY, INK, PALETTE, RED, canvas, draw_curves, wrapped, write
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from dataset import CaptionedImages, Pairs
+
+# Figures that one kind of data alone has, and what its pictures are called.
+FIGURES = {"posters": later("posters.figures", "draw_films")}
+plain_title = later("posters.films", "plain_title")
 
 
-def whole_history(trained: Loaded) -> list[dict[str, float]]:
-    """The history of the run up to its last epoch: best.pt ends with the best one."""
-    last = trained.path.with_name("last.pt")
-    history, run_of = trained.content["history"], trained.content["config"]
-    if last.is_file() and (later := load_checkpoint(last))["config"] == run_of:
-        history = max(history, later["history"], key=len)
+class Pictures(NamedTuple):
+    """What texts search: embeddings (N, D), the picture at a position, their names or none."""
+
+    embeddings: np.ndarray
+    picture: Callable[[int], Image.Image]
+    names: list[str]
+    footer: str  # where they come from, and what speaks against them
+
+
+def origin(trained: Trained, options: Namespace, dataset: CaptionedImages | None = None) -> str:
+    """Which checkpoints a figure is made from, and whether a split by caption flatters it."""
+    paths = [path.resolve() for path in options.checkpoint or [trained.path]]
+    files = " and ".join(f"{path.parent.name}/{path.name}" for path in paths)
+    torn = any(content["split_by_caption"] for content in trained.contents)
+    mark = "; SPLIT BY CAPTION: flatters" if torn or (dataset and dataset.by_caption) else ""
+    return f"checkpoint {files}, {trained.stage}{mark}"
+
+
+def embed_split(trained: Trained, options: Namespace) -> tuple[Embedded, Pictures]:
+    """Loads and embeds the split that the flags name. Raises UserError."""
+    dataset, pairs = evaluate.load_data_for(trained, options)
+    count, note = len(pairs.rows), ""
+    if seen := trained_on(trained, dataset, pairs.rows).sum():
+        warn(f"{seen:,} of the {count:,} images evaluated were trained on")
+        note = f"{seen:,} of these images were trained on; "
+    footer = (
+        f"data {Path(dataset.path).resolve().name}, {dataset.splits} {pairs.name} split: "
+        f"{count:,} images, {len(pairs.captions):,} captions; scores are cosines, ties lose; "
+        f"{note}{origin(trained, options, dataset)}"
+    )
+    embedded = evaluate.evaluate_trained(trained, dataset, options.split, options)
+    rows = [int(row) for row in pairs.rows]
+    names = [plain_title(dataset.records[row].title) for row in rows if dataset.records]
+    images = embedded.image_embeddings
+    return embedded, Pictures(images, lambda i: dataset.picture(rows[i]), names, footer)
+
+
+def embed_folder(trained: Trained, options: Namespace) -> Pictures:
+    """Embeds the pictures of the folder --images. Raises UserError."""
+    if not (paths := zeroshot.find_pictures(options.images)):
+        raise UserError(f"--images {options.images} holds no picture")
+    embeddings, paths = zeroshot.embed_pictures(trained, paths, options.workers)
+    names = [str(path.relative_to(options.images)) for path in paths]
+    footer = f"{len(paths):,} pictures of {options.images}; {origin(trained, options)}"
+    return Pictures(embeddings, lambda i: thumbnail(paths[i]), names, footer)
+
+
+def whole_history(trained: Trained) -> list[dict[str, float]]:
+    """The history of the (first) run up to its last epoch: best.pt ends with the best one."""
+    history, config = trained.content["history"], trained.content["config"]
+    of_recipe = trained.path.with_name("recipe.txt").is_file()  # its runs have folders of their own
+    for last in trained.path.parent.glob("*/last.pt" if of_recipe else "last.pt"):
+        content = load_checkpoint(last)
+        if content["config"] == config:
+            history = max(history, content["history"], key=len)
     return history
 
 
-# What a search finds: rank from 1, position in the pool, score, whether it is the query's own.
-Hit = tuple[float, int, float, bool]
+def sample_pairs(pairs: Pairs, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws `count` images and a caption of each: positions in pairs.rows and pairs.captions."""
+    generator, total = np.random.default_rng(seed), len(pairs.rows)
+    images = np.sort(generator.choice(total, min(count, total), replace=False))
+    shuffled = generator.permutation(len(pairs.captions))
+    return images, shuffled[first_captions(pairs.caption_image[shuffled])][images]
+
+
+def cosine(queries: np.ndarray, pool: np.ndarray) -> np.ndarray:
+    """Unit-length (Q, D) and (N, D) -> float64 (Q, N)."""
+    return queries.astype(np.float64) @ pool.T.astype(np.float64)
+
+
+def draw_similarity(path: Path, embedded: Embedded, seed: int, footer: str) -> None:
+    """Draws the cosines of 48 images and captions at most; the pairs are the diagonal."""
+    images, captions = sample_pairs(embedded.pairs, 48, seed)
+    cosines = cosine(embedded.image_embeddings[images], embedded.text_embeddings[captions])
+    pair = np.eye(len(images), dtype=bool)
+    title = f"Cosine similarity of {len(images)} seeded pairs: mean {cosines[pair].mean():.3f} on "
+    title += f"the diagonal (the pairs), {cosines[~pair].mean() if len(pair) > 1 else 0:.3f} off it"
+    with canvas(path, 7.5, 6.2, title, footer) as (figure, _):
+        axes = figure.subplots()
+        axes.set(xlabel="caption (number of its pair)", ylabel="image (number of its pair)")
+        figure.colorbar(axes.imshow(cosines), label="cosine similarity (no unit)")
+
+
+COLOURS = "black white red blue green yellow brown orange pink purple gray grey tan blond blonde"
+
+
+def topics(texts: list[str], seed: int, most: int = 8) -> tuple[np.ndarray, list[str]]:
+    """Sorts texts by NMF over TF-IDF: (topic of each, -1 if it has no words; topics' names)."""
+    from sklearn.decomposition import NMF
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
+
+    ignored = sorted({*ENGLISH_STOP_WORDS, *COLOURS.split()})
+    words = TfidfVectorizer(stop_words=ignored, token_pattern=r"[^\W\d_]{2,}", sublinear_tf=True)
+    try:
+        table = words.fit_transform(texts)
+    except ValueError:  # no word is left: "empty vocabulary"
+        return np.full(len(texts), -1), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it has not converged does not matter here
+        model = NMF(min(most, *table.shape), init="nndsvda", random_state=seed, max_iter=300)
+        weights = model.fit_transform(table)
+    vocabulary, names = words.get_feature_names_out(), []
+    for strength in model.components_:
+        first, *rest = vocabulary[np.argsort(-strength, kind="stable")[:9]]
+        others = [word for word in rest if not (word.startswith(first) or first.startswith(word))]
+        names.append(", ".join([first, *others[:1]]))  # "dog, snow" tells more than "dog, dogs"
+    return np.where(weights.max(1) > 0, weights.argmax(1), -1), names
+
+
+def draw_tsne(path: Path, embedded: Embedded, seed: int, footer: str) -> None:
+    """Draws at most 500 seeded pairs, images and texts together, in the plane of one t-SNE."""
+    from sklearn.manifold import TSNE
+
+    pairs, captions_of = embedded.pairs, [""] * len(embedded.pairs.rows)
+    images, captions = sample_pairs(pairs, 500, seed)
+    both = np.concatenate(
+        [embedded.image_embeddings[images], embedded.text_embeddings[captions]]
+    ).astype(np.float64)
+    perplexity = min(30, (len(both) - 1) / 3)
+    init = "pca" if np.ptp(both, axis=0).max() > 1e-6 else "random"  # PCA of one point fails
+    tsne = TSNE(2, perplexity=perplexity, init=init, random_state=seed)
+    points = tsne.fit_transform(both).reshape(2, -1, 2)  # images, then texts
+    for caption, image in zip(pairs.captions, pairs.caption_image, strict=True):
+        captions_of[image] += f" {caption}"
+    topic, names = topics([captions_of[i] for i in images], seed)
+    mean_image = embedded.image_embeddings.mean(0, dtype=np.float64)
+    mean_text = embedded.text_embeddings.mean(0, dtype=np.float64)
+    gap = np.linalg.norm(mean_image - mean_text)  # Liang et al. 2022
+    title = f"t-SNE of {len(images)} pairs, perplexity {perplexity:.0f}. Modality gap {gap:.3f} "
+    title += "(distance between the mean image and the mean text embedding of the split)"
+    with canvas(path, 9.5, 6.5, title, footer) as (figure, _):
+        axes = figure.subplots()
+        lines = LineCollection(points.swapaxes(0, 1), color=GREY, linewidth=0.5, alpha=0.35)
+        axes.add_collection(lines)
+        for i, name in [*enumerate(names), (-1, "no topic")]:
+            chosen, look = topic == i, {"s": 26, "color": [*PALETTE, GREY][i], "edgecolor": "white"}
+            label = f"{wrapped(name, 2.5, 9, 1)[0]} ({chosen.sum()})" if chosen.any() else None
+            axes.scatter(*points[0, chosen].T, linewidth=0.3, label=label, **look)
+            axes.scatter(*points[1, chosen].T, linewidth=0.3, marker="^", **look)
+        key = "● image   ▲ its caption\n— a pair\n\nTopic of the captions\n(and its images)"
+        axes.legend(title=key, loc="upper left", bbox_to_anchor=(1.01, 1), alignment="left")
+        axes.set(xlabel="t-SNE dimension 1 (no unit)", ylabel="t-SNE dimension 2 (no unit)")
+
+
+# ---------------------------------------------------------------------- what a query finds
+
+
+class Hit(NamedTuple):
+    """One result: rank from 1, position in the pool, cosine, whether it is the query's own."""
+
+    rank: float
+    position: int
+    score: float
+    true: bool
 
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:
     """The positions of the best of scores (N,), ties by position: a prefix of any longer list."""
-    rounded = np.where(np.isfinite(scores), scores, -np.inf).round(12)  # equal within metrics.TIE
+    rounded = np.where(np.isfinite(scores), scores, -np.inf).round(12)  # equal within evaluate.TIE
     return np.argsort(-rounded, kind="stable")[:k]
 
 
 def find(
-    query: np.ndarray, pool: np.ndarray, k: int, own: Sequence[int] = (), rank: float = np.nan
+    query: np.ndarray, pool: np.ndarray, k: int, true: Sequence[int] = (), rank: float = np.nan
 ) -> list[Hit]:
-    """The top `k` of `pool` (N, D), best first; then the best `own` one if none is among them."""
+    """The top `k` of `pool` (N, D), best first; then the best `true` one if none is among them."""
     scores = cosine(query[None], pool)[0]
     order = top_k(scores, k).tolist()
-    hits = [(place, i, scores[i], i in own) for place, i in enumerate(order, 1)]
-    if len(own) and not any(i in own for i in order):
-        best = own[top_k(scores[list(own)], 1)[0]]
-        hits.append((rank, best, scores[best], True))
+    hits = [Hit(place, i, scores[i], i in true) for place, i in enumerate(order, 1)]
+    if len(true) and not any(hit.true for hit in hits):
+        best = true[top_k(scores[list(true)], 1)[0]]
+        hits.append(Hit(rank, best, scores[best], True))
     return hits
 
 
-def extreme_cases(made: Embedded, count: int) -> list[list[int]]:
+def extreme_cases(embedded: Embedded, count: int) -> list[list[int]]:
     """The captions of the `count` best (rank 1, widest margin) and worst cases, an image once."""
-    owner, hits = made.split.caption_image, np.flatnonzero(made.t2i == 1)
+    image_of, first = embedded.pairs.caption_image, np.flatnonzero(embedded.t2i == 1)
     margins = []
-    for part in np.array_split(hits, 1 + len(hits) // 1024):  # all scores at once may not fit
-        scores = cosine(made.text_embeddings[part], made.image_embeddings)
+    for part in np.array_split(first, 1 + len(first) // 1024):  # all scores at once may not fit
+        scores = cosine(embedded.text_embeddings[part], embedded.image_embeddings)
         margins.append(np.ptp(np.sort(np.nan_to_num(scores, nan=-2))[:, -2:], axis=1))
-    best = hits[np.argsort(-np.concatenate(margins), kind="stable")]
-    orders = best, np.argsort(-made.t2i, kind="stable")
-    return [order[np.sort(first_captions(owner[order]))][:count].tolist() for order in orders]
-
-
-def checked_queries(queries: list[str], tokenizer: AnyTokenizer) -> list[str]:
-    """Strips the user's queries; raises UserError for one that the model cannot understand."""
-    for query in queries:
-        words = [word for word in tokenizer.words(query) if any(map(str.isalnum, word))]
-        if not words:
-            raise UserError(f"--query {query!r} holds no word; describe a picture")
-        unknown = [word for word in words if word in tokenizer.unknown(query)]
-        told = f"--query {query!r}: {', '.join(unknown)} never stood in the training captions"
-        if len(unknown) == len(words):
-            raise UserError(f"{told} (or too seldom); use other words")
-        if unknown:
-            warn(f"{told} (or too seldom); the rest of the query decides")
-    return [query.strip() for query in queries]
+    best = first[np.argsort(-np.concatenate(margins), kind="stable")]
+    worst = np.argsort(-embedded.t2i, kind="stable")
+    once = [order[np.sort(first_captions(image_of[order]))] for order in (best, worst)]
+    return [order[:count].tolist() for order in once]
 
 
 CELL, LINE, GAP = 1.5, 0.19, 0.14  # inches
-Draw = Callable[[int], Image.Image]  # the picture at a position in the pool
-Cell = tuple[Image.Image, str, str | None]  # a picture, the lines under it, its frame's colour
-Row = tuple[list[tuple[str, str]], list[Cell]]  # texts, each with its colour; pictures
+
+
+class Cell(NamedTuple):
+    """A picture, the lines under it and the colour of its frame."""
+
+    picture: Image.Image
+    note: str = ""
+    frame: str | None = None
+
+
+Row = tuple[list[tuple[str, str]], list[Cell]]  # of a grid: texts, each with its colour; cells
+
+
+def cells_of(hits: list[Hit], pictures: Pictures) -> list[Cell]:
+    """The pictures found, with rank, score and name, the true one framed."""
+    cells = []
+    for hit in hits:
+        note = f"{hit.rank:,.0f}: {hit.score:.3f}{' true image' if hit.true else ''}"
+        if pictures.names:
+            note += f"\n{wrapped(pictures.names[hit.position], CELL, 8, 1)[0]}"
+        cells.append(Cell(pictures.picture(hit.position), note, GREEN if hit.true else None))
+    return cells
+
+
+def text_row(embedded: Embedded, pictures: Pictures, i: int, k: int) -> Row:
+    """Caption `i` and the pictures that it finds."""
+    rank, true = embedded.t2i[i], int(embedded.pairs.caption_image[i])
+    verdict = f"true image: rank {rank:,.0f} of {len(pictures.embeddings):,}"
+    hits = find(embedded.text_embeddings[i], pictures.embeddings, k, [true], rank)
+    texts = [(embedded.pairs.captions[i], INK), (verdict, GREEN if rank <= k else RED)]
+    return texts, cells_of(hits, pictures)
+
+
+def image_row(embedded: Embedded, pictures: Pictures, i: int, k: int) -> Row:
+    """Image `i` and the captions that it finds."""
+    rank, captions = embedded.i2t[i], embedded.pairs.captions
+    true = np.flatnonzero(embedded.pairs.caption_image == i).tolist()
+    verdict = f"best own caption: rank {rank:,.0f} of {len(captions):,}"
+    texts = [(verdict, GREEN if rank <= k else RED)]
+    for hit in find(pictures.embeddings[i], embedded.text_embeddings, k, true, rank):
+        mark, colour = ("✓", GREEN) if hit.true else ("–", INK)
+        line = f"{hit.rank:,.0f}: {hit.score:.3f} {mark} {captions[hit.position]}"
+        texts.append((line, colour))
+    return texts, [Cell(pictures.picture(i))]
 
 
 def draw_grid(path: Path, title: str, footer: str, rows: list[Row], left: bool = True) -> None:
     """Draws rows of pictures; the texts stand left of them, or right, of one line each."""
     inches, most = (2.6, 5) if left else (7.5, 1)
     pictures = max(len(cells) for _, cells in rows) * (CELL + GAP)
-    notes = max(1 + note.count("\n") for _, cells in rows for _, note, _ in cells)
-    broken = [[(s, hue) for t, hue in ts for s in wrapped(t, inches, 9, most)] for ts, _ in rows]
-    heights = [max(CELL + notes * LINE, len(lines) * LINE) + GAP for lines in broken]
-    text_x, start = (0.15, 0.15 + inches + GAP) if left else (0.15 + pictures, 0.15)
+    notes = max(1 + cell.note.count("\n") for _, cells in rows for cell in cells)
+    blocks = [
+        [(line, hue) for text, hue in texts for line in wrapped(text, inches, 9, most)]
+        for texts, _ in rows
+    ]
+    heights = [max(CELL + notes * LINE, len(block) * LINE) + GAP for block in blocks]
+    text_x, cells_x = (0.15, 0.15 + inches + GAP) if left else (0.15 + pictures, 0.15)
     width = 0.3 + inches + GAP + pictures
-    with canvas(path, width, sum(heights), title, footer) as (figure, low):
+    with canvas(path, width, sum(heights), title, footer) as (figure, below):
         figure.set_layout_engine("none")
-        top, height = low + sum(heights), figure.get_figheight()
-        for lines, (_, cells), tall in zip(broken, rows, heights, strict=True):
-            for i, (line, hue) in enumerate(lines):
-                place = text_x / width, (top - 0.05 - i * LINE) / height
-                figure.text(*place, line, size=9, color=hue, va="top")
-            for i, (picture, note, frame) in enumerate(cells):
-                x = (start + i * (CELL + GAP)) / width
-                box = (x, (top - CELL) / height, CELL / width, CELL / height)
+        top, total = below + sum(heights), figure.get_figheight()
+        for block, (_, cells), height in zip(blocks, rows, heights, strict=True):
+            for i, (line, hue) in enumerate(block):
+                y = (top - 0.05 - i * LINE) / total
+                figure.text(text_x / width, y, line, size=9, color=hue, va="top")
+            for i, cell in enumerate(cells):
+                x = (cells_x + i * (CELL + GAP)) / width
+                box = (x, (top - CELL) / total, CELL / width, CELL / total)
                 axes = figure.add_axes(box, xticks=[], yticks=[], anchor="N")
-                axes.imshow(picture)
+                axes.imshow(cell.picture)
                 for spine in axes.spines.values():
-                    spine.set(visible=bool(frame), color=frame or INK, linewidth=4)
-                axes.set_xlabel(note, size=8, labelpad=6, color=frame or INK)
-            top -= tall
+                    spine.set(visible=bool(cell.frame), color=cell.frame or INK, linewidth=4)
+                axes.set_xlabel(cell.note, size=8, labelpad=6, color=cell.frame or INK)
+            top -= height
 
 
-def cells_of(hits: list[Hit], draw: Draw, names: list[str]) -> list[Cell]:
-    """The pictures found, with rank and score, the true one framed; `names` (or none) below."""
-    cells = []
-    for rank, i, score, own in hits:
-        name = f"\n{wrapped(names[i], CELL, 8, 1)[0]}" if names else ""
-        note = f"{rank:,.0f}: {score:.3f}{' true image' if own else ''}{name}"
-        cells.append((draw(i), note, GREEN if own else None))
-    return cells
+def clamped(flag: str, count: int, pool: int) -> int:
+    if count > pool:
+        warn(f"--{flag} {count}: there are {pool:,}, all are shown")
+    return min(count, pool)
 
 
-def draw_films(
-    out: Path, made: Embedded, films: list[Film], history: list[dict[str, float]], footer: str
-) -> None:
-    """Draws what is told of films alone: a corner of D, memorising, and genres."""
-    first = first_captions(made.split.caption_image)
-    images, texts = made.image_embeddings, made.text_embeddings[first]
-    corner, titles = slice(0, 40), [plain_title(film.title) for film in films[:40]]
-    distances = distance_matrix(images[corner], texts[corner])
-    write(out / "distances.png", draw_distances, distances, titles, footer)
-    if history and "train_top1_t2i" in history[0]:
-        pairs = history[0]["dev_films"]
-        write(out / "generalisation.png", draw_gap, history, pairs, footer.rpartition("; ")[2])
-    recalls = genre_recalls(paired_ranks(images, texts), [film.genres for film in films])
-    if recalls:
-        write(out / "genres.png", draw_genres, recalls, footer)
+def draw_split(trained: Trained, options: Namespace) -> None:
+    """Draws every figure of a split and of the run that made the checkpoint."""
+    embedded, pictures = embed_split(trained, options)
+    pairs, out, seed, footer = embedded.pairs, options.out, options.seed, pictures.footer
+    history, pool = whole_history(trained), len(pairs.rows)
+    write(out / "curves.png", lambda path: draw_curves(history, path, origin(trained, options)))
+    if pairs.dataset.kind in FIGURES:
+        FIGURES[pairs.dataset.kind](out, embedded, history, footer, evaluate)
+    write(out / "similarity.png", draw_similarity, embedded, seed, footer)
+    write(out / "tsne.png", draw_tsne, embedded, seed, footer)
 
-
-def draw_pairs(
-    options: Any, made: Embedded, draw: Draw, footer: str, names: list[str] | None = None
-) -> None:
-    """Draws every figure of an embedded split into the folder options.out."""
-    split, seed, out, pool = made.split, options.seed, options.out, len(made.split.images)
-    texts, k = split.captions, clamped("top-k", options.top_k, pool)
-
-    def text_row(i: int, k: int) -> Row:
-        own, rank = [int(split.caption_image[i])], made.t2i[i]
-        told = f"true image: rank {rank:,.0f} of {pool:,}", GREEN if rank <= k else RED
-        hits = find(made.text_embeddings[i], made.image_embeddings, k, own, rank)
-        return [(texts[i], INK), told], cells_of(hits, draw, names or [])
-
-    def image_row(i: int) -> Row:
-        own, rank = np.flatnonzero(split.caption_image == i).tolist(), made.i2t[i]
-        told = f"best own caption: rank {rank:,.0f} of {len(texts):,}", GREEN if rank <= k else RED
-        hits = find(made.image_embeddings[i], made.text_embeddings, k, own, rank)
-        look = {True: ("✓", GREEN), False: ("–", INK)}
-        lines = [(f"{r:,.0f}: {s:.3f} {look[m][0]} {texts[j]}", look[m][1]) for r, j, s, m in hits]
-        return [told, *lines], [(draw(i), "", None)]
-
-    write(out / "similarity.png", draw_similarity, made, seed, footer)
-    write(out / "tsne.png", draw_tsne, made, seed, footer)
-    images, captions = sample_pairs(split, clamped("queries", options.queries, pool), seed)
+    k = clamped("top-k", options.top_k, pool)
+    images, captions = sample_pairs(pairs, clamped("queries", options.queries, pool), seed)
     title = f"Text to image: the first {k} of {pool:,} pictures, the true one framed"
-    rows = [text_row(i, k) for i in captions]
+    rows = [text_row(embedded, pictures, i, k) for i in captions]
     write(out / "grid_text_to_image.png", draw_grid, title, footer, rows)
-    title = f"Image to text: the first {k} of {len(texts):,} captions, own ones marked ✓"
-    rows = [image_row(i) for i in images]
+    title = f"Image to text: the first {k} of {len(pairs.captions):,} captions, own ones marked ✓"
+    rows = [image_row(embedded, pictures, i, k) for i in images]
     write(out / "grid_image_to_text.png", draw_grid, title, footer, rows, False)
     title = "Text to image: best cases (rank 1, widest margin), worst ones, the true image framed"
-    best, worst = extreme_cases(made, 4)
-    rows = [text_row(i, 2) for i in best] + [text_row(i, 1) for i in worst]
+    best, worst = extreme_cases(embedded, 4)
+    rows = [text_row(embedded, pictures, i, 2) for i in best]
+    rows += [text_row(embedded, pictures, i, 1) for i in worst]
     write(out / "grid_best_worst.png", draw_grid, title, footer, rows)
 
 
-# ------------------------------------------------------------------------------ the script
+def check_queries(queries: list[str], trained: Trained) -> None:
+    """Raises UserError for a query of the user's that the model cannot understand."""
+    for query in queries:
+        words = [w for w in trained.members[0].tokenizer.words(query) if any(map(str.isalnum, w))]
+        if not words:
+            raise UserError(f"--query {query!r} holds no word; describe a picture")
+        unknown = [word for word in words if word in trained.unknown(query)]
+        message = f"--query {query!r}: {', '.join(unknown)} never stood in the training captions"
+        if len(unknown) == len(words):
+            raise UserError(f"{message} (or too seldom); use other words")
+        if unknown:
+            warn(f"{message} (or too seldom); the rest of the query decides")
 
 
-def origin(trained: Loaded, dataset: Dataset | None = None, split: Split | None = None) -> str:
-    """The footer: what a figure is made from, and what speaks against it (also as a warning)."""
-    path, told, torn = trained.path.resolve(), "", trained.content.get("split_by_caption")
-    if dataset and split:
-        torn, count = torn or dataset.by_caption, len(split.images)
-        told = f"data {Path(dataset.path).resolve().name}, {dataset.splits} {split.name} split: "
-        told += (
-            f"{count:,} images, {len(split.captions):,} captions; scores are cosines, ties lose; "
-        )
-        if seen := evaluate.trained_on(trained, dataset, split.images).sum():
-            warn(f"{seen:,} of the {count:,} images evaluated were trained on")
-            told += f"{seen:,} of these images were trained on; "
-    told += f"checkpoint {path.parent.name}/{path.name}, {trained.stage}"
-    return told + ("; SPLIT BY CAPTION: flatters" if torn else "")
+def draw_search(trained: Trained, options: Namespace) -> None:
+    """Draws what the texts of --query find, among a split's pictures or those of --images."""
+    check_queries(options.query, trained)
+    if options.images:
+        pictures, name = embed_folder(trained, options), "grid_search.png"
+    else:
+        (_, pictures), name = embed_split(trained, options), "grid_query.png"
+    pool = len(pictures.embeddings)
+    k, rows = clamped("top-k", options.top_k, pool), []
+    for query, embedding in zip(options.query, trained.embed_texts(options.query), strict=True):
+        hits = find(embedding, pictures.embeddings, k)
+        rows.append(([(query, INK)], cells_of(hits, pictures)))
+    title = f"Text to image: the first {k} of {pool:,} pictures"
+    write(options.out / name, draw_grid, title, pictures.footer, rows)
 
 
-def clamped(flag: str, wanted: int, pool: int) -> int:
-    if wanted > pool:
-        warn(f"--{flag} {wanted}: there are {pool:,}, all are shown")
-    return min(wanted, pool)
-
-
-def write(path: Path, draw: Callable[..., None], *made: Any) -> None:
-    draw(path, *made)
-    print(f"wrote {path}")
+def draw_zero_shot(trained: Trained, options: Namespace) -> None:
+    """Draws what the classes of --zero-shot are taken for."""
+    result = zeroshot.zero_shot(trained, options)
+    write(options.out / "confusion.png", zeroshot.draw_confusion, result, origin(trained, options))
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(prog="visualize.py", description=__doc__.split("\n")[0])
     evaluate.add_model_flags(parser)
     flag = parser.add_argument_group("what to draw").add_argument
-    flag("--out", type=Path, default=Path("report/figures"), help="folder of the figures")
+    flag("--out", type=Path, help="folder of the figures (default: figures/ by the checkpoint)")
     flag("--top-k", type=number(int, 1, 20), default=5, help="results of each query")
     flag("--queries", type=number(int, 1, 50), default=6, help="captions and images of the split")
     flag("--query", action="append", default=[], metavar="TEXT", help="only search it; repeatable")
     flag("--images", type=Path, metavar="DIR", help="search this folder of pictures with --query")
     flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all that is drawn by lot")
-    told = "only draw this table, such as report/ablations.csv: quality against minutes"
-    flag("--ablations", type=Path, metavar="FILE.csv", help=told)
     options = parser.parse_args(argv)
-    if options.ablations:
-        rows = read_ablations(options.ablations)
-        return write(options.out / "ablations.png", lambda path: draw_ablations(rows, path))
     if options.images and not options.query:
         raise UserError('--images needs a text to search for, such as --query "a dog in snow"')
     if options.zero_shot and options.query:
         raise UserError("--zero-shot draws confusion.png only; leave --query out")
     if options.templates and not options.zero_shot:
         raise UserError("--templates goes with --zero-shot")
-    trained = evaluate.load_trained(options.checkpoint, options.device)
-    model, out, workers = trained.model, options.out, options.workers
-    queries = checked_queries(options.query, model.tokenizer)
-    if options.zero_shot:
-        result = zeroshot.zero_shot(model, options.zero_shot, options.templates, workers)
-        return write(out / "confusion.png", draw_confusion, result, origin(trained))
-    if options.images:
-        if not (paths := zeroshot.find_pictures(options.images)):
-            raise UserError(f"--images {options.images} holds no picture")
-        pool, paths = zeroshot.embed_pictures(model, paths, workers)
-        names = [str(path.relative_to(options.images)) for path in paths]
-        footer = f"{len(paths):,} pictures of {options.images}; {origin(trained)}"
-        name, draw = "grid_search.png", lambda i: thumbnail(paths[i])
-    else:
-        dataset, split = evaluate.load_data_for(trained, options)
-        films = [dataset.films[row] for row in split.images] if dataset.films else []
-        names = [plain_title(film.title) for film in films]
-        cached = Cached(readings=evaluate.readings_for(trained, dataset, split, options))
-        footer = origin(trained, dataset, split)
-        name, draw = "grid_text_to_image.png", lambda i: dataset.picture(int(split.images[i]))
-        if not queries:
-            history, told = whole_history(trained), origin(trained)
-            write(out / "curves.png", lambda path: draw_curves(history, path, told))
-            made = evaluate.evaluate_split(model, dataset, split, cached)
-            if films:
-                draw_films(out, made, films, history, footer)
-            return draw_pairs(options, made, draw, footer, names)
-        pool = embed_images(model, dataset.pixels, split.images, readings=cached.readings)
-    k = clamped("top-k", options.top_k, len(pool))
-    found = [find(text, pool, k) for text in embed_texts(model, queries)]
-    rows = [([(q, INK)], cells_of(f, draw, names)) for q, f in zip(queries, found, strict=True)]
-    title = f"Text to image: the first {k} of {len(pool):,} pictures"
-    return write(out / name, draw_grid, title, footer, rows)
+    trained = load_trained(options.checkpoint, options.device)
+    options.out = options.out or trained.path.parent / "figures"
+    draw = draw_zero_shot if options.zero_shot else draw_search if options.query else draw_split
+    draw(trained, options)
 
 
 if __name__ == "__main__":

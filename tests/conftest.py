@@ -1,6 +1,7 @@
 """Shared by the tests: small photo folders, tiny runs, and the real Flickr8k where it is."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -133,6 +134,27 @@ def photos(tmp_path: Path) -> Path:
 def photo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, made once; only for tests that leave it as it is."""
     return write_kaggle(tmp_path_factory.mktemp("data") / "photos")
+
+
+def write_bert(folder: Path, **changes: object) -> Path:
+    """A random BERT of two small layers in the hub's format; `changes` are its config.json's."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [*special, *"abcdefghijklmnopqrstuvwxyz", "dog", "##s"]
+    shape = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=48,
+    )
+    torch.manual_seed(3)
+    transformers.BertModel(shape).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n", "utf-8")
+    known = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(known))
+    return folder
 
 
 TINY = (

@@ -5,9 +5,9 @@ import re
 
 import numpy as np
 import pytest
+from cli import UserError
 
 from captions import Rewriter, Tokenizer, mine_synonyms, parse_rates
-from cli import UserError
 from dataset import load_dataset
 
 

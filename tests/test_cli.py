@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli import Parser, UserError, atomic_write, dashed, number, warn
 from conftest import ROOT
 
 import dataset
 import evaluate
 import train
-from cli import Parser, UserError, atomic_write, dashed, number, warn
 
 
 def listed(folder: Path) -> list[str]:

@@ -11,9 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-import download
-from cli import UserError
-from download import download_flickr8k
+from sources import download
+from sources.download import download_flickr8k
+from support.command import UserError
 
 IMAGE = hashlib.sha256(b"x").digest() * 4000  # 128,000 bytes
 FILES = {"Flicker8k_Dataset/1.jpg": IMAGE, "Flickr8k.token.txt": b"1.jpg#0\tA dog .\n"}
@@ -41,8 +41,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
         else:
             self.send_response(200)
-        if server.told != "none":
-            self.send_header("Content-Length", str(server.told or len(body) - start))
+        if server.length != "none":
+            self.send_header("Content-Length", str(server.length or len(body) - start))
         sent = body[start:][: server.cut]
         server.sent.append(len(sent))  # before the client can answer, and ask anew
         self.end_headers()
@@ -55,7 +55,7 @@ def server(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.body, server.ranges, server.cut, server.told = zipped(FILES), True, None, None
+        server.body, server.ranges, server.cut, server.length = zipped(FILES), True, None, None
         server.shift, server.asked, server.sent = 0, [], []
         server.url = f"http://127.0.0.1:{server.server_address[1]}/Flickr8k_x.zip"
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -107,14 +107,14 @@ def test_whole_and_again(server, folder):
 
 
 def test_no_length(server, folder):
-    server.told = "none"
+    server.length = "none"
     check_whole(folder, download_flickr8k(folder, [server.url]))
 
 
 def cut_off(server, folder):
     server.cut = 50_000
-    told = f"50,000 of {len(server.body):,} bytes came.*kept.*same command again to resume"
-    with pytest.raises(UserError, match=told):
+    message = f"50,000 of {len(server.body):,} bytes came.*kept.*same command again to resume"
+    with pytest.raises(UserError, match=message):
         download_flickr8k(folder, [server.url])
     part = folder / "Flickr8k_x.zip.part"
     assert part.read_bytes() == server.body[:50_000] and left(folder) == [part.name]
@@ -158,11 +158,11 @@ def test_other_file_under_the_part(server, folder):
 
 
 def test_wrong_content_length(server, folder):
-    server.told = len(server.body) + 10
-    with pytest.raises(UserError, match=f"of {server.told:,} bytes came"):
+    server.length = len(server.body) + 10
+    with pytest.raises(UserError, match=f"of {server.length:,} bytes came"):
         download_flickr8k(folder, [server.url])
     (folder / "Flickr8k_x.zip.part").unlink()
-    server.told = len(server.body) - 10
+    server.length = len(server.body) - 10
     with pytest.raises(UserError, match="refused and deleted"):
         download_flickr8k(folder, [server.url])
     assert left(folder) == []
@@ -322,6 +322,6 @@ def test_table():
         "Flickr8k_text",
         "Flickr8k_Dataset",
     ]
-    assert all(download.split_url(url)[1] == told for url, told in download.ARCHIVES.items())
+    assert all(download.split_url(url)[1] == digest for url, digest in download.ARCHIVES.items())
     assert download.split_url("https://a.b/f/6e5d/?dl=1")[2] == "6e5d"
     assert download.split_url("https://a.b")[2] == "archive"

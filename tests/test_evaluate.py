@@ -10,17 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zeroshot
+from cli import UserError
 from conftest import COLOURS, pairs, photo, script, write_kaggle
 from test_cli import listed
 from test_loss import loop as loop_loss
 from test_metrics import loop_ranks
+from zeroshot import ZeroShot, find_pictures, read_templates
 
 import evaluate
-import zeroshot
-from cli import UserError
 from dataset import Split
 from evaluate import Embedded, contrastive_loss
-from zeroshot import ZeroShot, find_pictures, read_templates
 
 WAYS, KS = ("i2t", "t2i"), (1, 5, 10)
 

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from cli import UserError
+from images import resize
 from test_models import TOKENIZER, build, config
 
 import features
-from cli import UserError
 from dataset import Dataset, Feed, Split
 from embedding import embed_images
 from features import image_features, opened, text_features, window
-from images import resize
 
 CONFIG = config(image_augment="light", precision="fp32", views=4)
 

@@ -6,23 +6,23 @@ import os
 import shutil
 from pathlib import Path
 
+import charts
+import layouts
 import numpy as np
 import pytest
 import torch
 import torchvision
+from cli import UserError
 from conftest import FILMS, TINY, film, write_posters
 from PIL import Image
 from test_towers import write_bert
 
-import charts
 import evaluate
 import generalisation
-import layouts
 import ocr
 import train
 import visualize
 from captions import plain_title, without_title
-from cli import UserError
 from dataset import load_dataset
 
 RUN = (*TINY, "--recipe", "posters", "--image-tower", "resnet18", "--text-tower", "transformer")

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from cli import UserError
 from torch.nn import functional as F
 
-from cli import UserError
 from loss import combined, info_nce, parse_loss, siglip, triplet
 
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import text_towers
 import torch
 import torchvision
+from cli import UserError
 from test_cli import listed
 from torch import nn
 
 import models
-import text_towers
 import towers
 from captions import Tokenizer
-from cli import UserError
 from flags import build_parser, resolve
 from loss import info_nce
 from models import (

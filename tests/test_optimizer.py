@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from cli import UserError
 from test_models import build, config, pictures, text
 
-from cli import UserError
 from flags import RECIPES, build_parser, resolve
 from loss import info_nce
 from optimizer import (

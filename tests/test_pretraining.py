@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli import UserError
 from test_models import build, config
 from test_train import assert_same_run, run_train, start
 
 import train
-from cli import UserError
 from models import load_checkpoint
 from pretraining import caption_pairs, pretrain_text
 

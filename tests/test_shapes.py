@@ -6,47 +6,47 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-import shapes
+from sources import shapes
 
 SIZES = {"train": 150, "dev": 60, "test": 60}
 ANY_SHAPE = ("shape", "figure")
 
 
 @pytest.fixture(scope="module")
-def made():
+def data():
     return shapes.make_scenes(3, SIZES), *shapes.make_shapes(3, SIZES)
 
 
-def test_same_seed_same_bytes(made):
-    _, pixels, captions, splits = made
+def test_same_seed_same_bytes(data):
+    _, pixels, captions, splits = data
     again = shapes.make_shapes(3, SIZES)
     assert again[0].tobytes() == pixels.tobytes() and again[1:] == (captions, splits)
     other = shapes.make_shapes(4, SIZES)
     assert other[0].tobytes() != pixels.tobytes() and other[1] != captions
 
 
-def test_counts_and_split_names(made):
-    _, pixels, captions, splits = made
+def test_counts_and_split_names(data):
+    _, pixels, captions, splits = data
     total = sum(SIZES.values())
     assert pixels.shape == (total, shapes.SIZE, shapes.SIZE, 3) and pixels.dtype == np.uint8
     assert len(captions) == len(splits) == total
     assert {name: splits.count(name) for name in SIZES} == SIZES
 
 
-def test_a_split_does_not_depend_on_the_size_of_train(made):
-    _, pixels, captions, _ = made
+def test_a_split_does_not_depend_on_the_size_of_train(data):
+    _, pixels, captions, _ = data
     less = shapes.make_shapes(3, SIZES | {"train": 10})
     assert np.array_equal(less[0][10:], pixels[150:]) and less[1][10:] == captions[150:]
     assert np.array_equal(less[0][:10], pixels[:10]) and less[1][:10] == captions[:10]
 
 
-def test_no_scene_or_picture_twice(made):
-    scenes = [scene for split in made[0].values() for scene in split]
-    assert len(set(scenes)) == len(scenes) == len({image.tobytes() for image in made[1]})
+def test_no_scene_or_picture_twice(data):
+    scenes = [scene for split in data[0].values() for scene in split]
+    assert len(set(scenes)) == len(scenes) == len({image.tobytes() for image in data[1]})
 
 
-def test_five_distinct_captions_of_fair_length(made):
-    for five in made[2]:
+def test_five_distinct_captions_of_fair_length(data):
+    for five in data[2]:
         assert len(set(five)) == 5
         for caption in five:
             assert 8 <= len(caption.split()) <= 35
@@ -55,8 +55,8 @@ def test_five_distinct_captions_of_fair_length(made):
             )
 
 
-def test_siblings_differ_in_one_word(made):
-    for split in made[0].values():
+def test_siblings_differ_in_one_word(data):
+    for split in data[0].values():
         flat = [shapes._words(scene) for scene in split]
         near = sum(any(_distance(a, b) == 1 for b in flat) for a in flat)
         assert near >= len(flat) / 3
@@ -120,8 +120,8 @@ def _true(ground, things, scene):
     )
 
 
-def test_every_caption_is_true_and_outside_train_of_one_scene_only(made):
-    scenes, _, captions, splits = made
+def test_every_caption_is_true_and_outside_train_of_one_scene_only(data):
+    scenes, _, captions, splits = data
     flat = [scene for split in SIZES for scene in scenes[split]]
     left_out = 0
     for scene, five, split in zip(flat, captions, splits, strict=True):
@@ -144,8 +144,8 @@ def test_matches_leaves_open_words_open():
     assert not shapes.matches(shapes.Scene(("", "grey"), (star,)), scene)
 
 
-def test_a_thing_has_its_colour_at_its_place(made):
-    scenes, pixels, _, _ = made
+def test_a_thing_has_its_colour_at_its_place(data):
+    scenes, pixels, _, _ = data
     names = list(shapes.WORDS["colour"])
     colours = np.array([shapes.RGB[name] for name in names])
     flat = [scene for split in SIZES for scene in scenes[split]]

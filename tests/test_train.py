@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from cli import UserError
 from conftest import ROOT, TINY, script, write_kaggle
 from test_towers import write_bert
 
 import optimizer
 import train
-from cli import UserError
 from models import load_checkpoint, save_checkpoint
 
 

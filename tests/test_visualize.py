@@ -1,23 +1,26 @@
-"""The figures: what is drawn, from pure functions, and that odd data cannot spoil them."""
+"""The figures: the pictures shown are those found, and odd data cannot spoil a drawing."""
 
 import csv
+import itertools
+import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import TINY, caption, names, photo
 from PIL import Image
+from scipy import ndimage
 
-import captions
-import charts
-import dataset
 import evaluate
+import train
 import visualize
-from cli import UserError
-from flags import build_parser, resolve
-from metrics import retrieval_metrics, retrieval_ranks
-from models import build_model, image_transform, save_checkpoint
+from evaluate import retrieval_metrics, retrieval_ranks
+from support import figures
+from support.checkpoint import load_checkpoint, save_checkpoint
+from support.command import UserError
+from support.embedding import load_trained
 
 COUNT = 24
 ODD = ("costs $5 or $\\alpha_{", "a dog \U0001f415 \x07\x1b[31m 犬", "x" * 300)
@@ -41,52 +44,50 @@ def no_warnings():
         yield
 
 
-@pytest.fixture(scope="module")
-def odd_data(tmp_path_factory) -> Path:
-    """COUNT photographs of several proportions, three captions of which are odd."""
-    folder = tmp_path_factory.mktemp("odd")
-    (folder / "images").mkdir()
+def write_data(folder: Path, pictures: list[Image.Image], odd: bool) -> Path:
+    """Pictures as PNG in Kaggle's layout, with three captions each, the last of them odd or not."""
+    (folder / "images").mkdir(parents=True)
     with (folder / "captions.txt").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "caption"])
-        for i, name in enumerate(names(COUNT)):
-            photo(i, (48, 30) if i % 2 else (30, 48)).save(folder / "images" / name)
+        for i, name in enumerate(names(len(pictures))):
+            name = name.replace("jpg", "png")
+            pictures[i].save(folder / "images" / name)
             writer.writerows([name, caption(i, k)] for k in range(2))
-            writer.writerow([name, ODD[i % 3]])
+            writer.writerow([name, ODD[i % 3] if odd else caption(i, 2)])
     return folder
 
 
+def run_of(data: Path, out: Path, cache: Path, *words: object) -> Path:
+    """The best.pt of a run of two epochs."""
+    fixed = ["--data", data, "--out", out, "--cache", cache, "--epochs", 2, *TINY]
+    assert train.main([str(word) for word in [*fixed, *words]]) == 0
+    return out / "best.pt"
+
+
 @pytest.fixture(scope="module")
-def model_file(odd_data, tmp_path_factory) -> Path:
-    """A checkpoint of random weights."""
-    parser = build_parser()
-    config = resolve(parser.typed(["--data", str(odd_data), *TINY]), parser.defaults())
-    transform, cache = image_transform(config), tmp_path_factory.mktemp("cache")
-    data = dataset.load_dataset(str(odd_data), "random", transform["stored_size"], cache, 0)
-    tokenizer = captions.Tokenizer.train(data.captions, 2, 40)
-    config = {k: v for k, v in config.items() if k not in ("resume", "cache", "out", "device")}
-    content = {
-        "epoch": 1,
-        "config": {**config, "splits": "random"},
-        "transform": transform,
-        "vocabulary": tokenizer.vocabulary,
-        "model": build_model(config, transform, tokenizer).state_dict(),
-        "history": [{"epoch": 1, **RECORD}],
-        "split_by_caption": True,
-        "train_images": {"names": [data.names[0]], "digests": []},
-    }
-    path = tmp_path_factory.mktemp("run") / "best.pt"
-    save_checkpoint(path, content)
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory, cache) -> Path:
+    """A checkpoint of a run on photographs of several proportions, a split by caption by name."""
+    photos = [photo(i, (48, 30) if i % 2 else (30, 48)) for i in range(COUNT)]
+    data = write_data(tmp_path_factory.mktemp("odd") / "data", photos, odd=True)
+    path = run_of(data, tmp_path_factory.mktemp("runs") / "odd", cache)
+    content = load_checkpoint(path)
+    save_checkpoint(path, {**content, "split_by_caption": True})
     return path
 
 
 @pytest.fixture
-def draw(model_file, tmp_path):
+def draw(model_file, tmp_path, cache):
     """Runs visualize.main and returns the names of the files in --out."""
 
     def run(*words: object) -> set[str]:
-        fixed = ["--out", tmp_path / "out", "--cache", tmp_path / "cache", "--workers", 0]
-        visualize.main([str(word) for word in [model_file, "--device", "cpu", *fixed, *words]])
+        fixed = [model_file, "--device", "cpu", "--cache", cache, "--workers", 0]
+        visualize.main([str(word) for word in [*fixed, "--out", tmp_path / "out", *words]])
         files = list((tmp_path / "out").iterdir())
         for file in files:
             with Image.open(file) as image:
@@ -96,23 +97,25 @@ def draw(model_file, tmp_path):
     return run
 
 
-def split_of(images: int, each: int) -> dataset.Split:
-    owner = np.repeat(np.arange(images), each)
-    captions = [f"caption {i}" for i in range(len(owner))]
-    return dataset.Split("test", np.arange(images), captions, owner)
+def pairs_of(images: int, each: int) -> SimpleNamespace:
+    """What the figures ask of dataset.Pairs."""
+    image_of = np.repeat(np.arange(images), each)
+    captions = [f"caption {i}" for i in range(len(image_of))]
+    return SimpleNamespace(rows=np.arange(images), captions=captions, caption_image=image_of)
 
 
 def embedded(images: int = 30, each: int = 2, seed: int = 0) -> evaluate.Embedded:
     generator = np.random.default_rng(seed)
 
     def unit(count: int) -> np.ndarray:
-        made = generator.normal(size=(count, 8)).astype(np.float32)
-        return made / np.linalg.norm(made, axis=1, keepdims=True)
+        vectors = generator.normal(size=(count, 8)).astype(np.float32)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-    split = split_of(images, each)
-    made = unit(images), unit(images * each)
-    ranks = retrieval_ranks(*made, split.caption_image)
-    return evaluate.Embedded(split, *made, *ranks, retrieval_metrics(*ranks))
+    pairs = pairs_of(images, each)
+    image_embeddings, text_embeddings = unit(images), unit(images * each)
+    i2t, t2i = retrieval_ranks(image_embeddings, text_embeddings, pairs.caption_image)
+    metrics = retrieval_metrics(i2t, t2i)
+    return evaluate.Embedded(pairs, image_embeddings, text_embeddings, i2t, t2i, metrics)
 
 
 # ------------------------------------------------------------------------------ whole runs
@@ -126,14 +129,53 @@ def test_every_figure_of_a_split_with_odd_captions(draw, capsys, monkeypatch):
         footers.append(footer)
         return original(path, width, height, title, footer)
 
-    for module in (visualize, charts):
+    for module in (visualize, figures):
         monkeypatch.setattr(module, "canvas", noted)
     assert draw("--split", "train", "--queries", 3, "--top-k", 20) == ALL
-    out = capsys.readouterr()
-    wrote = [line for line in out.out.splitlines() if line.startswith("wrote ")]
+    wrote = [line for line in capsys.readouterr().out.splitlines() if line.startswith("wrote ")]
     assert {Path(line[6:]).name for line in wrote} == ALL
-    assert all("SPLIT BY CAPTION" in footer and "epoch 1" in footer for footer in footers)
+    assert all(
+        "SPLIT BY CAPTION" in footer and "odd/best.pt, epoch" in footer for footer in footers
+    )
     assert all("train split" in footer for footer in footers[1:])
+
+
+def test_figures_stand_beside_the_checkpoint(model_file, tmp_path, cache, monkeypatch):
+    """Unless --out says otherwise; a search never paints over the grids of a split."""
+    (tmp_path / "run").mkdir()
+    checkpoint = shutil.copyfile(model_file, tmp_path / "run" / "best.pt")
+    monkeypatch.chdir(tmp_path)
+    fixed = [str(checkpoint), "--device", "cpu", "--cache", str(cache), "--workers", "0"]
+    visualize.main(fixed)
+    made = {path.name: path.read_bytes() for path in (tmp_path / "run" / "figures").iterdir()}
+    assert made.keys() == ALL
+    visualize.main([*fixed, "--query", "a red dog"])
+    photo(1).save(tmp_path / "run" / "a.png")
+    visualize.main([*fixed, "--query", "a red dog", "--images", "run"])
+    after = {path.name: path.read_bytes() for path in (tmp_path / "run" / "figures").iterdir()}
+    assert after.keys() == ALL | {"grid_query.png", "grid_search.png"}
+    assert all(after[name] == content for name, content in made.items())
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_curves_are_those_of_the_whole_run(model_file, draw, monkeypatch, tmp_path):
+    """best.pt ends with its best epoch; last.pt, of the same run only, knows the rest."""
+    drawn = []
+    monkeypatch.setattr(visualize, "draw_curves", lambda history, *_: drawn.append(history))
+    monkeypatch.setattr(visualize, "draw_tsne", lambda *_: None)
+    draw("--split", "dev")
+    (tmp_path / "run").mkdir()
+    content = load_checkpoint(model_file)
+    first = {**content, "history": content["history"][:1]}
+    save_checkpoint(tmp_path / "run" / "best.pt", first)
+    visualize_main = [str(tmp_path / "run" / "best.pt"), "--device", "cpu", "--workers", "0"]
+    visualize.main(visualize_main)
+    save_checkpoint(tmp_path / "run" / "last.pt", content)
+    visualize.main(visualize_main)
+    content["config"]["seed"] += 1
+    save_checkpoint(tmp_path / "run" / "last.pt", content)
+    visualize.main(visualize_main)
+    assert [len(history) for history in drawn] == [2, 1, len(content["history"]), 1]
 
 
 def test_a_pool_smaller_than_top_k_is_said(draw, capsys):
@@ -149,15 +191,15 @@ def test_trained_on_images_are_counted(draw, capsys):
 
 
 def test_queries_of_the_user(draw, capsys):
-    texts = ("a red dog", "a zebra in $\\alpha_{ red \U0001f415")
-    drawn = draw("--query", texts[0], "--query", texts[1])
-    assert drawn == {"grid_text_to_image.png"}
+    assert draw("--query", "a red dog", "--query", "a zebra in $\\alpha_{ red \U0001f415") == {
+        "grid_query.png"
+    }
     err = capsys.readouterr().err
     assert "zebra, in never stood" in err and "a red dog" not in err
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--query", "  "], "holds no word"),
         (["--query", ""], "holds no word"),
@@ -170,10 +212,10 @@ def test_queries_of_the_user(draw, capsys):
         (["--top-k", "0"], "not a whole number in [1, 20]"),
     ],
 )
-def test_what_cannot_be_drawn_is_said(draw, words, told):
+def test_what_cannot_be_drawn_is_said(draw, words, message):
     with pytest.raises(UserError) as error:
         draw(*words)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_folder_of_the_users_own_pictures(draw, tmp_path, capsys):
@@ -210,10 +252,134 @@ def test_a_file_in_place_of_the_folder_stays_whole(draw, tmp_path):
 def test_nothing_half_written_when_drawing_fails(tmp_path):
     with (
         pytest.raises(RuntimeError),
-        charts.canvas(tmp_path / "x.png", 4, 3, "title", "footer"),
+        figures.canvas(tmp_path / "x.png", 4, 3, "title", "footer"),
     ):
         raise RuntimeError
     assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------- the pictures in a grid are those that were found
+
+PLAIN = [c for c in itertools.product((50, 130, 210), repeat=3) if len(set(c)) > 1]  # no grey
+
+
+def shown(path: Path) -> list[list[int]]:
+    """Which of the pictures, each of one of the PLAIN colours, a grid shows: rows from the top."""
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    places = []
+    for i, colour in enumerate(PLAIN):
+        regions, count = ndimage.label((np.abs(pixels - colour) <= 2).all(2))
+        sizes = np.bincount(regions.ravel(), minlength=count + 1)
+        for region in range(1, count + 1):
+            if sizes[region] > 5000:  # not the colour of a frame or of a letter
+                y, x = np.argwhere(regions == region).mean(0)
+                places.append((y, x, i))
+    rows = itertools.groupby(sorted(places), key=lambda place: round(place[0] / 20))
+    return [[i for *_, i in sorted(row, key=lambda place: place[1])] for _, row in rows]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, cache) -> tuple[Path, Path]:
+    """A checkpoint of a run on pictures of one colour each, and the folder of those pictures."""
+    pictures = [Image.new("RGB", (40, 40), colour) for colour in PLAIN]
+    data = write_data(tmp_path_factory.mktemp("plain") / "data", pictures, odd=False)
+    return run_of(data, tmp_path_factory.mktemp("runs") / "plain", cache), data / "images"
+
+
+@pytest.fixture
+def plain_figures(plain, tmp_path, cache):
+    """Runs visualize.py on the training split of `plain`; returns {name of a grid: its rows}."""
+
+    def run(*words: object, split: str = "train") -> dict[str, list[list[int]]]:
+        fixed = [plain[0], "--split", split, "--device", "cpu", "--cache", cache, "--workers", 0]
+        visualize.main([str(word) for word in [*fixed, "--out", tmp_path / "out", *words]])
+        return {path.name: shown(path) for path in (tmp_path / "out").glob("grid_*")}
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def saved(plain, tmp_path_factory, cache) -> dict[str, np.ndarray]:
+    """What evaluate.py writes of the same split: embeddings, captions, names as numbers."""
+    file = tmp_path_factory.mktemp("saved") / "embeddings.npz"
+    words = ["--split", "train", "--save-embeddings", file, "--device", "cpu", "--cache", cache]
+    evaluate.main([str(word) for word in [plain[0], *words, "--workers", 0]])
+    with np.load(file) as arrays:
+        content = dict(arrays)
+    content["number"] = np.array([int(name[6:9]) for name in content["image_names"]])
+    content["scores"] = content["text_embeddings"].astype(float) @ content["image_embeddings"].T
+    return content
+
+
+def test_a_grid_shows_the_pictures_found(plain_figures, saved):
+    grids = plain_figures("--queries", 4, "--top-k", 3)
+    pairs = SimpleNamespace(
+        rows=saved["number"], captions=saved["captions"], caption_image=saved["caption_image"]
+    )
+    images, captions = visualize.sample_pairs(pairs, 4, 0)
+    found = []
+    for i in captions:
+        first = np.argsort(-saved["scores"][i], kind="stable")[:3].tolist()
+        true = int(saved["caption_image"][i])
+        found.append(saved["number"][first if true in first else [*first, true]].tolist())
+    assert grids["grid_text_to_image.png"] == found
+    assert any(len(row) == 3 for row in found) or any(len(row) == 4 for row in found)
+    assert grids["grid_image_to_text.png"] == [[i] for i in saved["number"][images].tolist()]
+
+
+def test_the_best_and_the_worst_end_with_their_own_picture(plain_figures, saved):
+    rows = plain_figures()["grid_best_worst.png"]
+    own = saved["scores"][np.arange(len(saved["captions"])), saved["caption_image"]]
+    ranks = (saved["scores"] >= own[:, None] - 1e-12).sum(1)
+    hits = {saved["number"][i] for i in saved["caption_image"][ranks == 1]}
+    best, worst = rows[: min(4, len(hits))], rows[min(4, len(hits)) :]
+    assert {row[0] for row in best} <= hits and all(len(row) == 2 for row in best)
+    worst_of = [ranks[saved["caption_image"] == i].max() for i in range(len(saved["number"]))]
+    fourth = sorted(worst_of)[-4]
+    assert len(worst) == 4
+    for row in worst:
+        assert worst_of[saved["number"].tolist().index(row[-1])] >= fourth
+
+
+@pytest.mark.parametrize("with_folder", [False, True])
+def test_a_search_shows_the_pictures_found(plain, plain_figures, saved, with_folder):
+    queries = ["a red dog above blue ground", "a boat in green over white"]
+    words = [word for query in queries for word in ("--query", query)]
+    grids = plain_figures(*words, *(["--images", plain[1]] if with_folder else []))
+    trained = load_trained([plain[0]], "cpu")
+    if with_folder:  # all pictures, not those of a split alone
+        squares = [Image.new("RGB", (40, 40), colour) for colour in PLAIN]
+        pool = trained.embed_pixels(
+            lambda size: np.stack([np.asarray(square.resize((size, size))) for square in squares])
+        )
+        numbers = np.arange(len(PLAIN))
+    else:
+        pool, numbers = saved["image_embeddings"], saved["number"]
+    scores = trained.embed_texts(queries).astype(float) @ pool.T.astype(float)
+    found = [numbers[np.argsort(-row, kind="stable")[:5]].tolist() for row in scores]
+    assert grids == {"grid_search.png" if with_folder else "grid_query.png": found}
+
+
+def test_two_checkpoints_side_by_side_find_together(plain, tmp_path, cache, capsys):
+    data = plain[1].parent
+    other = run_of(data, tmp_path / "other", cache, "--seed", 1, "--embed-dim", 16)
+    fixed = ["--device", "cpu", "--cache", cache, "--workers", 0, "--out", tmp_path / "out"]
+    query = ["--query", "a red dog", "--split", "train", *fixed]
+    visualize.main([str(word) for word in [plain[0], other, *query]])
+    (found,) = shown(tmp_path / "out" / "grid_query.png")
+    alone = [load_trained([path], "cpu") for path in (plain[0], other)]
+    options = SimpleNamespace(
+        data=None, splits=None, split="train", cache=cache, workers=0, device="cpu"
+    )
+    dataset, pairs = evaluate.load_data_for(alone[0], options)
+    total = np.zeros(len(pairs.rows))
+    for trained in alone:  # a cosine of the whole is the mean of the parts, by width
+        images = evaluate.evaluate_trained(
+            trained, dataset, "train", options
+        ).image_embeddings.astype(float)
+        total += images.shape[1] * (images @ trained.embed_texts(["a red dog"])[0])
+    order = np.argsort(-total, kind="stable")[:5]
+    assert found == [int(dataset.names[row][6:9]) for row in pairs.rows[order]]
 
 
 # ------------------------------------------------------------------------------ the parts
@@ -222,7 +388,7 @@ def test_nothing_half_written_when_drawing_fails(tmp_path):
 @pytest.mark.parametrize("epochs", [1, 2, 40])
 def test_curves(tmp_path, epochs):
     history = [{"epoch": i + 1, **RECORD} for i in range(epochs)]
-    charts.draw_curves(history, tmp_path / "curves.png")
+    figures.draw_curves(history, tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size[0] > 800
 
 
@@ -236,127 +402,129 @@ def test_top_k_is_a_prefix_with_ties_by_position_and_nan_last():
 
 
 def test_the_true_one_is_marked_inside_top_k_and_follows_outside():
-    made = embedded()
-    for i, own in enumerate(made.split.caption_image):
-        found = visualize.find(
-            made.text_embeddings[i], made.image_embeddings, 5, [own], made.t2i[i]
+    split = embedded()
+    for i, true in enumerate(split.pairs.caption_image):
+        hits = visualize.find(
+            split.text_embeddings[i], split.image_embeddings, 5, [true], split.t2i[i]
         )
-        (place,) = [hit for hit in found if hit[3]]
-        assert place[:2] == (made.t2i[i], own)
-        assert len(found) == 5 + (made.t2i[i] > 5)
-        assert len({hit[1] for hit in found}) == len(found)  # each picture once
-    assert len(visualize.find(made.text_embeddings[0], made.image_embeddings, 5)) == 5
+        (place,) = [hit for hit in hits if hit.true]
+        assert (place.rank, place.position) == (split.t2i[i], true)
+        assert len(hits) == 5 + (split.t2i[i] > 5)
+        assert len({hit.position for hit in hits}) == len(hits)  # each picture once
+    assert len(visualize.find(split.text_embeddings[0], split.image_embeddings, 5)) == 5
 
 
 def test_the_best_own_caption_follows_when_none_is_found():
-    made, inside, outside = embedded(), 0, 0
+    split, inside, outside = embedded(), 0, 0
     for i in range(30):
-        own = [2 * i, 2 * i + 1]
-        found = visualize.find(made.image_embeddings[i], made.text_embeddings, 5, own, made.i2t[i])
-        first = next(hit for hit in found if hit[3])
-        assert first[0] == made.i2t[i]
-        scores = made.text_embeddings[own].astype(float) @ made.image_embeddings[i]
-        assert first[1] == own[int(scores.argmax())]
-        inside, outside = inside + (len(found) == 5), outside + (len(found) == 6)
+        true = [2 * i, 2 * i + 1]
+        hits = visualize.find(
+            split.image_embeddings[i], split.text_embeddings, 5, true, split.i2t[i]
+        )
+        first = next(hit for hit in hits if hit.true)
+        assert first.rank == split.i2t[i]
+        scores = split.text_embeddings[true].astype(float) @ split.image_embeddings[i]
+        assert first.position == true[int(scores.argmax())]
+        inside, outside = inside + (len(hits) == 5), outside + (len(hits) == 6)
     assert inside and outside
 
 
 def test_cells_name_ranks_and_frame_the_true_image():
-    hits = [(1, 4, 0.5, False), (1234.0, 7, -0.25, True)]
-    cells = visualize.cells_of(hits, lambda i: i, [])
-    assert cells[0] == (4, "1: 0.500", None)
-    assert cells[1] == (7, "1,234: -0.250 true image", visualize.GREEN)
+    hits = [visualize.Hit(1, 0, 0.5, False), visualize.Hit(1234.0, 2, -0.25, True)]
+    pool = visualize.Pictures(np.zeros((3, 8)), lambda i: f"picture {i}", [], "")
+    first, second = visualize.cells_of(hits, pool)
+    assert first == ("picture 0", "1: 0.500", None)
+    assert second == ("picture 2", "1,234: -0.250 true image", visualize.GREEN)
+    named = visualize.cells_of(hits, pool._replace(names=["a", "b", "c"]))
+    assert [cell.note.split("\n")[1] for cell in named] == ["a", "c"]
+
+
+def test_image_rows_tell_own_captions_from_others():
+    split = embedded(images=5, each=2)
+    pool = visualize.Pictures(split.image_embeddings, lambda i: f"picture {i}", [], "")
+    for i in range(5):
+        (verdict, *lines), (cell,) = visualize.image_row(split, pool, i, 5)
+        assert cell.picture == f"picture {i}" and f"rank {split.i2t[i]:.0f} of 10" in verdict[0]
+        own = {f"caption {2 * i}", f"caption {2 * i + 1}"}
+        for text, colour in lines:
+            assert ("✓" in text) == (colour == visualize.GREEN) == (text[-9:] in own)
 
 
 def test_extreme_cases_against_a_loop():
-    made = embedded(images=12, each=3, seed=1)
-    best, worst = visualize.extreme_cases(made, 4)
-    owner, margins = made.split.caption_image, {}
-    for i, own in enumerate(owner):
-        scores = made.image_embeddings.astype(float) @ made.text_embeddings[i]
-        if made.t2i[i] == 1:
-            margin = scores[own] - np.delete(scores, own).max()
-            margins[own] = max(margins.get(own, (0, 0)), (margin, i))
-    wanted = [i for _, i in sorted(margins.values(), reverse=True)][:4]
-    assert best == wanted
-    ranks = [max(made.t2i[owner == image]) for image in range(12)]
-    assert [made.t2i[i] for i in worst] == sorted(ranks, reverse=True)[:4]
-    assert len({int(owner[i]) for i in worst}) == 4
+    split = embedded(images=12, each=3, seed=1)
+    best, worst = visualize.extreme_cases(split, 4)
+    image_of, margins = split.pairs.caption_image, {}
+    for i, true in enumerate(image_of):
+        scores = split.image_embeddings.astype(float) @ split.text_embeddings[i]
+        if split.t2i[i] == 1:
+            margin = scores[true] - np.delete(scores, true).max()
+            margins[true] = max(margins.get(true, (0, 0)), (margin, i))
+    assert best == [i for _, i in sorted(margins.values(), reverse=True)][:4]
+    ranks = [max(split.t2i[image_of == image]) for image in range(12)]
+    assert [split.t2i[i] for i in worst] == sorted(ranks, reverse=True)[:4]
+    assert len({int(image_of[i]) for i in worst}) == 4
 
 
 def test_extreme_cases_without_a_hit_or_with_one_image():
-    made = embedded(images=1, each=2)
-    assert visualize.extreme_cases(made, 4) == [[0], [0]]
-    none = evaluate.Embedded(made.split, *[np.full((n, 8), np.nan) for n in (1, 2)],
-                             np.full(1, np.inf), np.full(2, np.inf), {})  # fmt: skip
-    assert visualize.extreme_cases(none, 4) == [[], [0]]
+    split = embedded(images=1, each=2)
+    assert visualize.extreme_cases(split, 4) == [[0], [0]]
+    missed = split._replace(
+        image_embeddings=np.full((1, 8), np.nan),
+        text_embeddings=np.full((2, 8), np.nan),
+        i2t=np.full(1, np.inf),
+        t2i=np.full(2, np.inf),
+    )
+    assert visualize.extreme_cases(missed, 4) == [[], [0]]
 
 
-def test_modality_gap_against_numpy():
-    made = embedded()
-    means = [e.astype(np.float64).mean(0) for e in (made.image_embeddings, made.text_embeddings)]
-    wanted = np.sqrt(((means[0] - means[1]) ** 2).sum())
-    assert charts.modality_gap(made.image_embeddings, made.text_embeddings) == pytest.approx(wanted)
-    assert charts.modality_gap(made.image_embeddings, made.image_embeddings) == 0
+def test_modality_gap_against_numpy(tmp_path, monkeypatch):
+    titles = []
+    original = visualize.canvas
+    monkeypatch.setattr(
+        visualize, "canvas", lambda *words: titles.append(words[3]) or original(*words)
+    )
+    split = embedded(10)
+    visualize.draw_tsne(tmp_path / "tsne.png", split, 0, "")
+    means = [e.astype(np.float64).mean(0) for e in (split.image_embeddings, split.text_embeddings)]
+    gap = np.sqrt(((means[0] - means[1]) ** 2).sum())
+    assert f"Modality gap {gap:.3f} " in titles[0]
 
 
 def test_topics_part_texts_by_their_words():
     texts = ["the red dog in snow, dogs"] * 5 + ["a blue boat on water"] * 5 + ["in the red ..."]
-    topic, labels = charts.topics(texts, 0, most=2)
+    topic, labels = visualize.topics(texts, 0, most=2)
     assert set(topic[:5]) != set(topic[5:10]) and len(set(topic[:5])) == len(set(topic[5:10])) == 1
     assert topic[10] == -1
     assert not {"red", "blue", "the"} & set(" ".join(labels).replace(",", "").split())
     assert "dog" in labels[topic[0]] or "snow" in labels[topic[0]]
-    empty, none = charts.topics(["the", "$ !"], 0)
+    empty, none = visualize.topics(["the", "$ !"], 0)
     assert empty.tolist() == [-1, -1] and none == []
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_few_pairs_and_a_collapsed_model(tmp_path, count):
-    made = embedded(count, 1)
-    charts.draw_tsne(tmp_path / "tsne.png", made, 0, "")
-    charts.draw_similarity(tmp_path / "similarity.png", made, 0, "")
+    split = embedded(count, 1)
+    visualize.draw_tsne(tmp_path / "tsne.png", split, 0, "")
+    visualize.draw_similarity(tmp_path / "similarity.png", split, 0, "")
     same = np.ones((count, 8), np.float32) / np.sqrt(8).astype(np.float32)
-    made = evaluate.Embedded(made.split, same, same, made.i2t, made.t2i, {})
-    charts.draw_tsne(tmp_path / "same.png", made, 0, "")
+    collapsed = split._replace(image_embeddings=same, text_embeddings=same)
+    visualize.draw_tsne(tmp_path / "same.png", collapsed, 0, "")
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_pairs_are_drawn_by_the_seed_and_belong_together():
-    split = split_of(50, 5)
-    images, captions = charts.sample_pairs(split, 20, 3)
-    assert (split.caption_image[captions] == images).all() and len(set(images)) == 20
-    again = charts.sample_pairs(split, 20, 3)
+    pairs = pairs_of(50, 5)
+    images, captions = visualize.sample_pairs(pairs, 20, 3)
+    assert (pairs.caption_image[captions] == images).all() and len(set(images)) == 20
+    again = visualize.sample_pairs(pairs, 20, 3)
     assert (again[0] == images).all() and (again[1] == captions).all()
-    assert (charts.sample_pairs(split, 20, 4)[0] != images).any()
+    assert (visualize.sample_pairs(pairs, 20, 4)[0] != images).any()
 
 
 def test_text_that_the_font_lacks_or_that_is_too_long():
-    assert charts.wrapped("a\x00b\n\t c \udcff 犬 ✓", 5, 9) == ["ab c  □ ✓"]
-    lines = charts.wrapped("word " * 100, 2, 9, lines=3)
+    assert figures.wrapped("a\x00b\n\t c \udcff 犬 ✓", 5, 9) == ["ab c  □ ✓"]
+    lines = figures.wrapped("word " * 100, 2, 9, lines=3)
     assert len(lines) == 3 and lines[-1].endswith("…")
-    assert charts.wrapped("", 2, 9) == [""]
-    (cut,) = charts.wrapped("x" * 500, 1, 9, lines=1)
+    assert figures.wrapped("", 2, 9) == [""]
+    (cut,) = figures.wrapped("x" * 500, 1, 9, lines=1)
     assert cut.startswith("xxx") and cut.endswith(" …")
-
-
-def test_ablations(tmp_path, capsys):
-    table = tmp_path / "ablations.csv"
-    table.write_text(
-        "row,group,command,mean_recall,minutes\n"
-        "assignment,path,python train.py,7.6,15\n"
-        "$head$ & <b>,path,x,48.7,5.5\nsiglip,losses,x,47,5\n"
-    )
-    visualize.main(["--ablations", str(table), "--out", str(tmp_path / "out")])
-    assert "ablations.png" in capsys.readouterr().out
-    with Image.open(tmp_path / "out" / "ablations.png") as image:
-        assert min(image.size) > 400
-    for text in (
-        "",
-        "row,group,minutes,mean_recall\n",
-        "row,minutes\na,1\n",
-        "row,group,minutes,mean_recall\na,b,x,1\n",
-    ):
-        table.write_text(text)
-        with pytest.raises(UserError, match="it needs the columns"):
-            visualize.main(["--ablations", str(table)])

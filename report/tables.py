@@ -1,0 +1,166 @@
+"""The tables of README.md and of the pages in this folder, made from the CSV files beside them.
+
+`python report/tables.py` writes them between <!-- table: NAME --> and <!-- end --> and draws the
+path to the best recipe; with --check it only says whether the pages still agree with the data.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # a script of a folder finds the project above it
+
+from report.chart import draw_path  # noqa: E402
+from support.command import Parser, UserError, atomic_write, run  # noqa: E402
+from support.figures import write  # noqa: E402
+
+Rows = list[dict[str, str]]
+MARKED = re.compile(r"(<!-- table: ([^>]+?) -->)(.*?)(<!-- end -->)", re.DOTALL)
+RECALLS = "i2t R@1 / 5 / 10|t2i R@1 / 5 / 10"
+DIMS = {"dim 0": "t2i_r1", "dim 1": "i2t_r1"}  # of the films' distance matrix
+
+
+def read(name: str) -> Rows:
+    """The rows of a CSV file of this folder. Raises UserError."""
+    try:
+        with (HERE / name).open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {HERE / name}: {error}") from error
+
+
+def pick(name: str, split: str) -> Rows:
+    """A run's rows on a split, one a seed: of the newest version, the last where two are alike."""
+    rows = [row for row in read("runs.csv") if (row["run"], row["split"]) == (name, split)]
+    newest = max((int(row["version"]) for row in rows), default=0)
+    return list({row["seed"]: row for row in rows if int(row["version"]) == newest}.values())
+
+
+def mean(rows: Rows, key: str, form: str = ".1f") -> str:
+    """The mean over the rows that have `key`, as it stands where only one has; "-" for none."""
+    numbers = [row[key] for row in rows if row.get(key)]
+    return format(fmean(map(float, numbers)), form) if numbers[1:] else "".join(numbers) or "-"
+
+
+def recalls(rows: Rows, way: str) -> str:
+    """R@1 / 5 / 10 of a direction, as far as the rows have them."""
+    return " / ".join(mean(rows, f"{way}_r{k}") for k in (1, 5, 10)).removesuffix(" / - / -")
+
+
+def seeds(rows: Rows) -> str:
+    """How many seeds stand behind the rows; "0-2" is a row that holds the mean of three."""
+    ends = [[int(end) for end in row["seed"].split("-")] for row in rows]
+    return str(sum(end[-1] - end[0] + 1 for end in ends))
+
+
+def minutes(rows: Rows) -> str:
+    """Minutes of training, and on what where that was not 2 cores with bf16."""
+    timed = [row for row in rows if row.get("minutes")] or rows
+    machine = timed[0].get("machine", "").split(" (")[0]
+    return mean(timed, "minutes") + ("" if machine in ("", "2 cores with bf16") else f", {machine}")
+
+
+CELLS: dict[str, Callable[[Rows], str]] = {  # a column's head -> its cell, of the rows of one run
+    "model": lambda rows: f"**`{rows[0]['command']}`**" if "command" in rows[0] else rows[0]["run"],
+    "typed": lambda rows: f"`{rows[-1]['change']}`",
+    "seed": lambda rows: "**mean**" if rows[1:] else rows[0]["seed"],
+    "95% i2t": lambda rows: "" if rows[1:] else rows[0]["i2t_95"],
+    "95% t2i": lambda rows: "" if rows[1:] else rows[0]["t2i_95"],
+    "i2t R@1 / 5 / 10": lambda rows: recalls(rows, "i2t"),
+    "t2i R@1 / 5 / 10": lambda rows: recalls(rows, "t2i"),
+    "medr": lambda rows: f"{mean(rows, 'i2t_medr', '.0f')}, {mean(rows, 't2i_medr', '.0f')}",
+    "mean": lambda rows: mean(rows, "mean_recall"),
+    "minutes": minutes,
+    "seeds": seeds,
+    "source": lambda rows: rows[0].get("source") or f"ours, seeds: {seeds(rows)}",
+}
+
+
+def table(head: str, runs: list[Rows]) -> str:
+    """A Markdown table with a line a run; a column is one of CELLS, or one of the file's own."""
+    names = head.split("|")
+    lines = [[CELLS[c](rows) if c in CELLS else rows[-1][c] for c in names] for rows in runs]
+    lines = [names, ["---"] * len(names), *lines]
+    return "\n".join(["", *(f"| {' | '.join(line)} |" for line in lines), ""])
+
+
+def results() -> str:
+    """Ours and published ones on Flickr8k's test split, from the weakest to the strongest."""
+    runs = [pick(name, "test") for name in ("assignment", "scratch", "best", "best-hour")]
+    runs += [[row] for row in read("published.csv")]
+    runs.sort(key=lambda rows: float(mean(rows, "i2t_r1")))
+    return table(f"model|image network|{RECALLS}|medr|minutes|source", runs)
+
+
+def group(name: str) -> list[Rows]:
+    """The runs of a group on dev in the order of the file, with what each bought over the last."""
+    names = dict.fromkeys(row["run"] for row in read("runs.csv") if row["group"] == name)
+    runs, before = [pick(run, "dev") for run in names], None
+    for rows in runs:
+        now = float(mean(rows, "mean_recall"))
+        rows[-1]["bought"] = "the start" if before is None else f"{now - before:+.1f}"
+        before = now
+    return runs
+
+
+def by_seed(name: str) -> list[Rows]:
+    """A recipe's runs on the test split, one by one, and all of them together."""
+    rows = pick(name, "test")
+    return [*([row] for row in rows), rows]
+
+
+def films(splits: str, *names: str) -> str:
+    """Top-1 accuracy among films, a line a run; dim 0 is introduction -> poster."""
+    ways = [(s, dim, key) for s in splits.split("; ") for dim, key in DIMS.items()]
+    runs = []
+    for name in names:
+        cells = {f"{split}, {dim}": mean(pick(name, split), key) for split, dim, key in ways}
+        runs.append([{"run": name, **cells}])
+    return table("|".join(runs[0][0]), runs)
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "results": results,
+    "seeds": lambda name: table(f"seed|{RECALLS}|95% i2t|95% t2i|minutes", by_seed(name)),
+    "path": lambda: table(f"run|typed|{RECALLS}|mean|bought|minutes|seeds|note", group("path")),
+    "journal": lambda name: table(f"run|{RECALLS}|mean|minutes|seeds|note", group(name)),
+    "films": films,
+    "value": lambda name, split, key: mean(pick(name, split), key),
+}
+
+
+def fill(marked: re.Match[str]) -> str:
+    """What stands between two marks, made again from the data. Raises UserError."""
+    before, name, _, after = marked.groups()
+    kind, _, rest = name.partition(" ")
+    try:
+        return before + TABLES[kind](*rest.split(" / ") if rest else ()) + after
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise UserError(f"nothing is known for <!-- table: {name} -->: {error!r}") from error
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="tables.py", description="Makes the pages' tables from report/runs.csv.")
+    parser.add_argument("--check", action="store_true", help="only say whether the pages agree")
+    check = parser.parse_args(argv).check
+    for page in [HERE.parent / "README.md", *sorted(HERE.glob("*.md"))]:
+        text = page.read_text("utf-8")
+        filled = MARKED.sub(fill, text)
+        if check and filled != text:
+            raise UserError(f"{page.name} does not agree with runs.csv: python report/tables.py")
+        if filled != text:
+            with atomic_write(page) as temporary:
+                temporary.write_text(filled, "utf-8")
+            print(f"wrote {page}")
+    if not check:
+        write(HERE / "figures" / "ablations.png", draw_path, group("path"))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,159 @@
+"""Checkpoints on disk: plain tensors, numbers and strings, written whole or not at all.
+
+train.py writes one after every epoch with `save_checkpoint`; `load_checkpoint` never runs code.
+"""
+
+from __future__ import annotations
+
+import pickle
+import platform
+import shutil
+import struct
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torchvision
+from torch import nn
+
+from support.command import UserError, atomic_write
+
+if TYPE_CHECKING:
+    from dataset import Pairs
+    from models import CLIP
+
+FORMAT, VERSION = "mini-clip", 4
+NOT_A_CHECKPOINT = (  # what torch.load and load_state_dict raise for a file of another kind
+    *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError),
+    *(ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, struct.error),
+)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error, without the advice that torch's go on with."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0].split(". ")[0][:120]
+
+
+def save_checkpoint(path: Path, content: dict[str, Any], copy: Path | None = None) -> None:
+    """Writes `content` atomically; to `copy` first where one is wanted.
+
+    When the process dies in between, `path` is still the older one, and redoing its epoch writes
+    the same `copy` again.
+    """
+    versions = {module.__name__: str(module.__version__) for module in (torch, torchvision, np)}
+    versions["python"] = platform.python_version()
+    with atomic_write(path) as temporary:
+        try:
+            torch.save(
+                {"format": FORMAT, "version": VERSION, "versions": versions, **content}, temporary
+            )
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(28, f"{first_line(error)} (is the disk full?)") from error
+        if copy:
+            with atomic_write(copy) as second:
+                shutil.copyfile(temporary, second)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads what `save_checkpoint` wrote; never runs code from the file. Raises UserError."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name the checkpoint in it, such as {path}/best.pt")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+    except NOT_A_CHECKPOINT as error:
+        raise UserError(
+            f"{path} is not a checkpoint of train.py, or a damaged one ({first_line(error)})"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is a checkpoint of another program; give one of train.py")
+    if content.get("version") != VERSION:
+        raise UserError(
+            f"{path} has checkpoint version {content.get('version')}, this code reads {VERSION}; "
+            "train again, or use the code that wrote it"
+        )
+    return content
+
+
+def fill_from(model: torch.nn.Module, content: dict[str, Any], name: str) -> None:
+    """Copies the weights of a checkpoint that fit; raises UserError when none does."""
+    state, weights = model.state_dict(), content["model"]
+    fitting = {
+        key: weights[key]
+        for key in state
+        if key in weights and same_shape(state[key], weights[key])
+    }
+    if not fitting:
+        raise UserError(f"--init {name}: none of its weights fits this model")
+    model.load_state_dict({**state, **fitting})
+    fresh = sorted({".".join(key.split(".")[:1]) for key in state.keys() - fitting.keys()})
+    rest = f"; fresh ones in {', '.join(fresh)}" if fresh else ""
+    print(f"init: {len(fitting):,} of {len(state):,} weights are those of {name}{rest}")
+
+
+def same_shape(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape
+
+
+def random_states() -> dict[str, Any]:
+    """The states of torch's generators, which dropout draws from."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def contents(
+    model: CLIP,
+    pairs: dict[str, Pairs],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    loss: nn.Module,
+    average: dict[str, Any] | None,
+    history: list[dict[str, float]],
+) -> dict[str, Any]:
+    """What a checkpoint holds: enough to go on in the same bits, and to be evaluated."""
+    dataset, rows = pairs["train"].dataset, pairs["train"].rows
+    return {
+        "epoch": len(history),
+        "transform": model.transform,
+        "vocabulary": model.tokenizer.vocabulary,
+        "model": model.state_dict(),  # with --ema the average
+        "average": average,  # with --ema the weights
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "loss": loss.state_dict(),
+        "history": history,
+        "random_states": random_states(),
+        "fingerprint": dataset.fingerprint,
+        "split_by_caption": dataset.by_caption,
+        "train_images": {
+            "names": [dataset.names[row] for row in rows],
+            "digests": [dataset.digests[row] for row in rows],
+        },
+    }
+
+
+def restore(
+    earlier: dict[str, Any],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    loss: nn.Module,
+    average: Any,
+) -> list[dict[str, float]]:
+    """Everything but the model as a checkpoint's last epoch left it; returns the history."""
+    optimizer.load_state_dict(earlier["optimizer"])
+    if earlier["scaler"]:
+        scaler.load_state_dict(earlier["scaler"])
+    loss.load_state_dict(earlier["loss"])
+    if average:
+        average.restore(earlier["average"])
+    restore_random_states(earlier["random_states"])
+    return earlier["history"]

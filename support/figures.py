@@ -1,0 +1,102 @@
+"""The one style of every figure: colours, a canvas with title and footer, text that fits.
+
+train.py draws its curves with it after each epoch; visualize.py, posters/ and report/ the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import textwrap
+import unicodedata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.ticker import MaxNLocator
+
+from support.command import atomic_write
+
+# Okabe and Ito's colours, which colour-blind readers tell apart too.
+PALETTE = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442"]
+GREEN, RED, GREY, INK = PALETTE[2], PALETTE[3], "#777777", "#222222"
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "text.color": INK,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+    "image.cmap": "viridis",
+    "lines.markersize": 4,
+    "legend.fontsize": 9,
+    "figure.facecolor": "white",
+    "text.parse_math": False,  # a caption with two $ is no formula
+    "text.usetex": False,
+}
+GLYPHS = frozenset(get_font(findfont("DejaVu Sans")).get_charmap())  # comes with matplotlib
+
+
+def wrapped(text: str, inches: float, size: float, lines: int = 4) -> list[str]:
+    """Breaks `text` into at most `lines` lines, `inches` wide at `size` points; "…" ends a cut."""
+    # No control characters, and a box for what the font lacks: matplotlib would warn of both.
+    printable = (c for c in " ".join(text.split()) if unicodedata.category(c)[0] != "C")
+    plain = "".join(c if ord(c) in GLYPHS else "□" for c in printable)
+    width = max(8, int(inches * 72 / (0.56 * size)))  # DejaVu's letters are some 0.56 em wide
+    if lines == 1:  # cut within a word too: it may be a file's name
+        return [plain if len(plain) <= width else f"{plain[: width - 2]} …"]
+    return textwrap.wrap(plain, width, max_lines=lines, placeholder=" …") or [""]
+
+
+@contextlib.contextmanager
+def canvas(path: Path, width: float, height: float, title: str, footer: str) -> Iterator[Any]:
+    """Yields (figure, inches below its body), then writes it to `path` as PNG. Raises UserError.
+
+    The body, `width` x `height` inches, lies between title and footer. No pyplot: nothing global.
+    """
+    titles, notes = wrapped(title, width - 0.3, 12), wrapped(footer, width - 0.3, 8)
+    below = 0.15 + 0.15 * len(notes)
+    total = below + height + 0.22 + 0.21 * len(titles)
+    with matplotlib.rc_context(STYLE):
+        figure, x = Figure((width, total), layout="constrained"), 0.15 / width
+        figure.get_layout_engine().set(rect=(0.01, below / total, 0.98, height / total))
+        figure.text(x, 1 - 0.1 / total, "\n".join(titles), va="top", size=12)
+        figure.text(x, 0.08 / total, "\n".join(notes), va="bottom", size=8, color=GREY)
+        yield figure, below
+        with atomic_write(path) as temporary:  # Agg cannot draw 65,536 pixels or more
+            figure.savefig(temporary, format="png", dpi=min(120, 30_000 / max(width, total)))
+
+
+def write(path: Path, draw: Callable[..., None], *content: Any) -> None:
+    """Calls `draw(path, *content)` and prints what was written. Raises UserError."""
+    draw(path, *content)
+    print(f"wrote {path}")
+
+
+def draw_curves(history: list[dict[str, float]], path: Path, footer: str = "") -> None:
+    """Draws losses and recalls over epochs; `history` holds a record an epoch. Raises UserError."""
+    epochs = [record["epoch"] for record in history]
+    best = max(history, key=lambda record: record["mean_recall"])  # the first of equals
+    panels = {
+        "Loss": {"train": "train_loss", "dev": "dev_loss"},
+        "Mean recall on dev": {"mean of the six below": "mean_recall"},
+        "Image to text on dev": {f"R@{k}": f"i2t_r{k}" for k in (1, 5, 10)},
+        "Text to image on dev": {f"R@{k}": f"t2i_r{k}" for k in (1, 5, 10)},
+    }
+    title = f"Training: best epoch {best['epoch']}, mean recall on dev {best['mean_recall']:.1f}%"
+    with canvas(path, 9.5, 6, title, footer) as (figure, _):
+        for axes, (name, curves) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+            for (label, key), marker in zip(curves.items(), "os^", strict=False):
+                values = [record[key] for record in history]
+                axes.plot(epochs, values, marker=marker, label=label, clip_on=False)
+            axes.axvline(best["epoch"], color=GREY, linestyle="--", linewidth=1, label="best epoch")
+            unit = "loss (dev: InfoNCE, nats)" if name == "Loss" else "recall (%)"
+            span = epochs[0] - 0.5, epochs[-1] + 0.5
+            axes.set(title=name, xlabel="epoch", ylabel=unit, ylim=(0, None), xlim=span)
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+            axes.grid(True)
+            axes.legend()

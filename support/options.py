@@ -1,0 +1,138 @@
+"""What a run is asked to do: flags that scripts share, defaults that fit the data, checks.
+
+train.py calls `resolve` on what was typed and what a recipe says; checkpoints keep the result.
+"""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from loss import parse_loss
+from models import IMAGE_TOWERS, TEXT_TOWERS
+from support.checkpoint import load_checkpoint
+from support.command import Parser, UserError, later, number
+
+# Flags left out take these, measured on 2 cores (report/appendix.md): photographs need the larger
+# input and gain from crops; in `shapes` a mirrored or cropped scene contradicts its captions, and
+# a large batch holds the near misses that teach the difference.
+PER_DATA = {  # flag -> its default for `shapes`, for photographs
+    "image_size": (64, 96),
+    "image_augment": ("none", "light"),
+    "batch_size": (256, 128),
+    "lr": (1.5e-3, 1e-3),
+    "epochs": (4, 15),
+}
+CAPTIONS_CONTRADICT = ("image_augment", "test_mirror", "map_crop")  # in a recipe, for `shapes`
+OF_THE_MACHINE = ("resume", "cache", "out", "device")  # not of the run: no checkpoint keeps them
+ALL = 1000  # more blocks than any tower has
+
+
+def block_count(text: str) -> int:
+    """How many of a tower's last blocks learn: `all`, or a whole number."""
+    return ALL if text == "all" else number(int, 0, ALL)(text)
+
+
+def per_data(flag: str) -> str:
+    return "default: {} for shapes, {} for photographs".format(*PER_DATA[flag])
+
+
+def resolve(parser: Parser, typed: dict[str, Any], recipe: dict[str, Any]) -> Namespace:
+    """The options of a new run: typed flags, else the recipe's, else what fits.
+
+    With --init the flags of the group "model" are, where nothing else says so, those of the
+    checkpoint. Raises UserError for flags that contradict each other.
+    """
+    defaults = parser.defaults()
+    shapes = {**defaults, **recipe, **typed}["data"] == "shapes"
+    if shapes:
+        recipe = {flag: x for flag, x in recipe.items() if flag not in CAPTIONS_CONTRADICT}
+    chosen = {**defaults, **recipe, **typed}
+    if chosen["init"]:
+        earlier = load_checkpoint(checkpoint_in(chosen["init"]))
+        if "config" not in earlier:
+            raise UserError(f"--init {chosen['init']} holds several models; name the run of one")
+        kept = {flag: earlier["config"][flag] for flag in parser.group("model")}
+        chosen = {**defaults, **kept, **recipe, **typed}
+    options = Namespace(**chosen)
+    if not shapes:
+        options.data = str(Path(options.data).resolve())
+    fill_in(options, shapes)
+    check(options)
+    return options
+
+
+def fill_in(options: Namespace, shapes: bool) -> None:
+    """The defaults that depend on the data and on the towers."""
+    image, text = IMAGE_TOWERS[options.image_tower], TEXT_TOWERS[options.text_tower]
+    if options.image_weights is None:
+        options.image_weights = image.weights
+    if options.text_weights is None:
+        options.text_weights = "pretrained" if text.pretrained else "none"
+    for flag, names in (
+        ("image_weights", ("none", "imagenet")),
+        ("text_weights", ("none", "pretrained")),
+    ):
+        if (weights := getattr(options, flag)) not in names:
+            setattr(options, flag, str(Path(weights).resolve()))
+    pretrained = options.image_weights != "none"
+    if options.train_image is None:
+        options.train_image = 0 if pretrained else ALL
+    if options.train_text is None:
+        options.train_text = ALL if options.text_weights == "none" else 0
+    if options.text_head is None:
+        options.text_head = options.head
+    if options.image_size is None and pretrained:
+        options.image_size = image.size
+    if options.image_augment is None and pretrained and options.train_image != ALL:
+        options.image_augment = "none"  # what frozen blocks give is computed once
+    for flag, (of_shapes, of_photographs) in PER_DATA.items():
+        if getattr(options, flag) is None:
+            setattr(options, flag, of_shapes if shapes else of_photographs)
+    if options.soft_positives == "genres":
+        options.loss = options.loss.replace("infonce", "genres")
+
+
+def check(options: Namespace) -> None:
+    """Raises UserError for flags that contradict each other."""
+    later("tricks.rewrite", "parse_rates")(options.text_augment)
+    parse_loss(options.loss)
+    text = TEXT_TOWERS[options.text_tower]
+    contradictions = (
+        (
+            options.text_weights != "none" and not text.pretrained,
+            f"--text-weights: a {options.text_tower} has no pretrained weights; use minilm or bert",
+        ),
+        (
+            options.poster_text and (options.train_text or not text.pretrained),
+            "--poster-text goes with a frozen text tower: --text-tower minilm or bert",
+        ),
+        (
+            options.poster_text and options.train_image,
+            "--poster-text goes with a frozen image tower: --train-image 0",
+        ),
+        (
+            options.poster_text and options.image_augment != "none",
+            "--poster-text goes with --image-augment none",
+        ),
+        (
+            options.soft_positives == "genres" and "genres" not in options.loss,
+            "--soft-positives goes with --loss infonce",
+        ),
+        (
+            options.captions_alone and not options.train_text,
+            "--captions-alone trains the text tower: --train-text all",
+        ),
+    )
+    for wrong, message in contradictions:
+        if wrong:
+            raise UserError(message)
+
+
+def checkpoint_in(place: str | Path) -> Path:
+    """The checkpoint that a run's folder, or a file, means."""
+    return Path(place) / "best.pt" if Path(place).is_dir() else Path(place)
+
+
+def config_of(options: Namespace) -> dict[str, Any]:
+    """What a checkpoint keeps of the options."""
+    return {flag: x for flag, x in vars(options).items() if flag not in OF_THE_MACHINE}

@@ -1,0 +1,190 @@
+"""Pictures of the user's own: a folder is decoded and embedded, or classified by its names alone.
+
+evaluate.py --zero-shot prints what `zero_shot` finds; visualize.py draws it and searches folders.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from sources.pictures import EXTENSIONS, decode_all
+from support.command import UserError, warn
+from support.figures import canvas, wrapped
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from support.embedding import Trained
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """The pictures in a folder and its subfolders, hidden ones aside. Raises UserError."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give one with pictures in it")
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in EXTENSIONS
+        and not any(part[0] == "." for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+
+
+def embed_pictures(
+    trained: Trained, paths: list[Path], workers: int
+) -> tuple[np.ndarray, list[Path]]:
+    """Decodes and embeds picture files: (embeddings (N, D), the N paths that could be read).
+
+    Unreadable ones are counted in a warning; raises UserError when none can be read.
+    """
+    sizes = sorted({member.transform["stored_size"] for member in trained.members})
+    columns = [list(decode_all(paths, size, workers)) for size in sizes]
+    kept, rows, failed = [], [], []
+    for path, *decoded in zip(paths, *columns, strict=True):
+        if reasons := [reason for pixels, reason in decoded if pixels is None]:
+            failed.append(f"{path.name}: {reasons[0]}")
+        else:
+            kept.append(path)
+            rows.append([pixels for pixels, _ in decoded])
+    if failed:
+        warn(f"{len(failed):,} of {len(paths):,} pictures cannot be read ({'; '.join(failed[:3])})")
+    if not kept:
+        raise UserError("not one of the pictures can be read")
+    if trained.options.poster_text:
+        warn("this model reads the words on pictures of its data; those on these are not read")
+    pixels_of = dict(zip(sizes, map(np.stack, zip(*rows, strict=True)), strict=True))
+    return trained.embed_pixels(pixels_of.__getitem__), kept
+
+
+TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a {}.", "there is a {} in the picture.")
+TIE = 1e-12  # scores that differ by less are equal, and a tie is lost: as in evaluate.py
+
+
+class ZeroShot(NamedTuple):
+    """`scores` (pictures, classes), `truth` (pictures,) and the classes' names."""
+
+    scores: np.ndarray
+    truth: np.ndarray
+    classes: list[str]
+
+    def metrics(self) -> dict[str, Any]:
+        """Top-1 and top-5 accuracy in percent (ties lose), per class, and what chance gives."""
+        true = self.scores[np.arange(len(self.truth)), self.truth]
+        ranks = (~(self.scores < true[:, None] - TIE)).sum(1).astype(np.float64)
+        ranks[~np.isfinite(true)] = np.inf
+        top1, top5 = 100.0 * (ranks <= 1), 100.0 * (ranks <= 5)
+        names = enumerate(self.classes)
+        return {
+            "zero_shot_top1": float(top1.mean()),
+            "zero_shot_top5": float(top5.mean()),
+            "chance": 100 / len(self.classes),
+            "pictures": len(ranks),
+            "per_class": {name: float(top1[self.truth == i].mean()) for i, name in names},
+        }
+
+
+def read_templates(path: Path) -> list[str]:
+    """One prompt a line, with {} where the class's name goes. Raises UserError."""
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the templates {path}: {error}") from error
+    if not lines or any("{}" not in line for line in lines):
+        raise UserError(f"{path}: every line needs {{}} where the class's name goes")
+    return lines
+
+
+def class_embeddings(trained: Trained, classes: list[str], templates: Sequence[str]) -> np.ndarray:
+    """One unit-length embedding a class: the mean of its prompts', as in CLIP (section 3.1.4)."""
+    prompts = [
+        re.sub(r"\ba (?=[aeiou])", "an ", template.replace("{}", name))
+        for name in classes
+        for template in templates
+    ]
+    means = trained.embed_texts(prompts).reshape(len(classes), len(templates), -1).mean(1)
+    return means / np.linalg.norm(means, axis=1, keepdims=True).clip(1e-12)
+
+
+def class_names(folders: list[Path], trained: Trained) -> list[str]:
+    """The names of class folders as they go into a prompt. Raises UserError for equal ones."""
+    classes = [re.sub(r"[_\-\s]+", " ", folder.name).strip().lower() for folder in folders]
+    if twice := {name for name in classes if classes.count(name) > 1}:
+        place = folders[0].parent
+        raise UserError(f"{place} has two class folders for {', '.join(sorted(twice))}; join them")
+    for name in classes:
+        if unknown := trained.unknown(name):
+            warn(f"class {name!r}: {', '.join(unknown)} never stood in the training captions")
+    return classes
+
+
+def zero_shot(trained: Trained, options: Namespace) -> ZeroShot:
+    """Classifies the pictures in the class folders of options.zero_shot by the names alone.
+
+    options.templates is a file of prompts, or None for TEMPLATES. Raises UserError.
+    """
+    folder = options.zero_shot
+    templates = read_templates(options.templates) if options.templates else TEMPLATES
+    if not find_pictures(folder):
+        raise UserError(f"{folder} holds no picture; it needs a folder of pictures for each class")
+    inner = (place for place in folder.iterdir() if place.is_dir() and place.name[0] != ".")
+    found = {place: find_pictures(place) for place in sorted(inner)}
+    too_few = UserError(f"{folder} needs two class folders with readable pictures or more")
+    if sum(map(bool, found.values())) < 2:
+        raise too_few
+    paths = [path for pictures in found.values() for path in pictures]
+    images, kept = embed_pictures(trained, paths, options.workers)
+    places = [place for place, pictures in found.items() if not set(kept).isdisjoint(pictures)]
+    if empty := [place.name for place in found if place not in places]:
+        warn(f"class folders without a readable picture are left out: {', '.join(empty)}")
+    if len(places) < 2:
+        raise too_few
+    classes = class_names(places, trained)
+    class_of = {path: i for i, place in enumerate(places) for path in found[place]}
+    texts = class_embeddings(trained, classes, templates)
+    scores = images.astype(np.float64) @ texts.T.astype(np.float64)
+    return ZeroShot(scores, np.array([class_of[path] for path in kept]), classes)
+
+
+def evaluate_zero_shot(trained: Trained, options: Namespace) -> dict[str, Any]:
+    """Prints the accuracies on the folder options.zero_shot and returns them. Raises UserError."""
+    result = zero_shot(trained, options)
+    metrics, chance = result.metrics(), 100 / len(result.classes)
+    counts = np.bincount(result.truth)
+    for count, (name, accuracy) in zip(counts, metrics["per_class"].items(), strict=True):
+        print(f"{name:24}{accuracy:6.1f}%  of {count:,}")
+    print(
+        f"zero-shot on {metrics['pictures']:,} pictures of {len(result.classes)} classes: "
+        f"top-1 {metrics['zero_shot_top1']:.1f}%, top-5 {metrics['zero_shot_top5']:.1f}%; "
+        f"chance {chance:.1f}% and {min(100, 5 * chance):.1f}%"
+    )
+    return metrics
+
+
+def draw_confusion(path: Path, result: ZeroShot, footer: str) -> None:
+    """Draws the confusion matrix, each row in percent of the true class's pictures."""
+    top, size = result.metrics()["zero_shot_top1"], len(result.classes)
+    total, scores = np.bincount(result.truth), result.scores.copy()
+    scores[np.arange(len(scores)), result.truth] -= TIE  # a tie is lost
+    valid = np.isfinite(scores).all(1)  # the others count as pictures only
+    cells = result.truth[valid] * size + scores[valid].argmax(1)
+    counts = np.bincount(cells, minlength=size * size).reshape(size, size)
+    percent, side = counts / total[:, None] * 100, min(4.5 + 0.42 * size, 40)
+    title = f"Zero-shot: top-1 {top:.1f}% of {len(valid):,} pictures (chance {100 / size:.1f}%)"
+    with canvas(path, side + 2.2, side, title, footer) as (figure, _):
+        axes = figure.subplots()
+        shown = axes.imshow(percent, cmap="cividis", vmin=0, vmax=100)
+        names = [wrapped(name, 1.6, 9, 1)[0] for name in result.classes]
+        counted = [f"{name} ({count:,})" for name, count in zip(names, total, strict=True)]
+        axes.set_xticks(range(size), names, rotation=90)
+        axes.set_yticks(range(size), counted)
+        axes.set(xlabel="predicted class", ylabel="true class (number of its pictures)")
+        for row, column in np.argwhere(counts) if size <= 30 else ():
+            text = f"{percent[row, column]:.0f}%\n{counts[row, column]:,}"
+            hue = "black" if percent[row, column] > 50 else "white"
+            axes.text(column, row, text, size=7, ha="center", va="center", color=hue)
+        figure.colorbar(shown, label="share of the true class's pictures (%)")
