@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from sources.collection import Collection
-from sources.pictures import CACHE, augment, resize
-from support.command import Parser, UserError, later, number, run, warn
+from sources.pictures import AUGMENTATIONS, CACHE, augment, resize
+from support.command import Parser, UserError, later, number, run
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -159,8 +159,7 @@ class Captions:
 
     @cached_property
     def tokens(self) -> torch.Tensor:
-        """All captions, int64 (captions, L), 0 where padded; counts those that are cut."""
-        self.tokenizer.cut = 0
+        """All captions, int64 (captions, L), 0 where padded."""
         return self.tokenizer(self.captions)
 
     def fetch(self, captions: np.ndarray, epoch: int) -> np.ndarray:
@@ -174,6 +173,22 @@ class Captions:
         for first in range(0, len(order), 256):
             chosen = order[first : first + 256]
             yield chosen, self.tokenizer([self.captions[i] for i in chosen])
+
+
+def image_transform(options: Namespace) -> dict[str, Any]:
+    """How a picture becomes the model's input; it travels in the checkpoint.
+
+    Pictures are decoded to `stored_size` (bicubic, squashed to a square), which is an eighth larger
+    than the input where they are cropped, so that a crop keeps its sharpness, then resized to
+    `image_size`. With `mirror` an embedding is the mean of the picture's and its mirror image's.
+    """
+    cropped = AUGMENTATIONS[options.image_augment].area < 1
+    stored = options.image_size * 9 // 8 if cropped else options.image_size
+    return {
+        "image_size": options.image_size,
+        "stored_size": 64 if options.data == "shapes" else stored,
+        "mirror": options.test_mirror,
+    }
 
 
 class EpochSampler(torch.utils.data.Sampler):
@@ -263,11 +278,9 @@ class Pairs(torch.utils.data.Dataset):
             yield self.images.prepare(images, options, generator), texts, ids
 
     def limited(self, limit: int | None, seed: int) -> Pairs:
-        """`limit` images, drawn by the seed, with all their captions."""
+        """`limit` images, drawn by the seed, with all their captions; all where it is larger."""
         count = len(self.rows)
         if limit is None or limit >= count:
-            if limit:
-                warn(f"--limit {limit:,}: there are {count:,} training images, all are used")
             return self
         kept = np.sort(np.random.default_rng(seed).choice(count, limit, replace=False))
         chosen = np.flatnonzero(np.isin(self.caption_image, kept))

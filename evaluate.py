@@ -184,15 +184,15 @@ def load_data_for(trained: Trained, options: Namespace) -> tuple[CaptionedImages
     """
     config, data = trained.options, options.data
     splits = options.splits or ("auto" if data else config.splits)
-    size, tokenizer = (getattr(trained.members[0], n) for n in ("transform", "tokenizer"))
-    where = splits, size["stored_size"], options.cache, options.workers, config.titles
+    first = trained.members[0]
+    where = splits, first.transform["stored_size"], options.cache, options.workers, config.titles
     try:
         dataset = load_dataset(data or config.data, *where)
     except UserError as error:
         hint = "" if data else " (the data that it was trained on; --data PATH names another place)"
         raise UserError(f"{error}{hint}") from error
     print(dataset.summary())
-    return dataset, dataset.pairs(options.split, tokenizer)
+    return dataset, dataset.pairs(options.split, first.tokenizer)
 
 
 def evaluate_trained(
@@ -204,8 +204,8 @@ def evaluate_trained(
         resized = dataset.at_size(model.transform["stored_size"], options.cache, options.workers)
         learner, pairs = model, resized.pairs(split, model.tokenizer)
         if content["config"]["poster_text"] or dataset.kind in REPORTS:
-            options = Namespace(**{**content["config"], **vars(options)})
-            learner, pairs = FEATURES(model, pairs, options)
+            of_run = Namespace(**{**content["config"], **vars(options)})
+            learner, pairs = FEATURES(model, pairs, of_run)
         parts.append(embed_pairs(learner, pairs))
     images, texts = zip(*parts, strict=True)
     return ranked(pairs, side_by_side(images), side_by_side(texts))

@@ -7,10 +7,11 @@ A new tower is one entry of IMAGE_TOWERS or TEXT_TOWERS, a new projection one of
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torchvision
@@ -18,13 +19,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from dataset import PAD, Tokenizer
-from sources.pictures import AUGMENTATIONS
+from dataset import PAD, Tokenizer, image_transform
 from support.checkpoint import NOT_A_CHECKPOINT, first_line
 from support.command import UserError, later
-
-if TYPE_CHECKING:
-    from argparse import Namespace
 
 # ------------------------------------------------------------------------- the image tower
 
@@ -155,11 +152,7 @@ class MLPHead(nn.Module):
         return self.linear(dropped) + self.out(hidden)
 
 
-HEADS: dict[str, Callable[[int, int, float], nn.Module]] = {
-    "linear": LinearHead,
-    "mlp": MLPHead,
-    "identity": later("posters.head", "IdentityHead"),
-}
+HEADS = {"linear": LinearHead, "mlp": MLPHead, "identity": later("posters.head", "IdentityHead")}
 
 # ------------------------------------------------------------------------- the two together
 
@@ -301,22 +294,6 @@ TEXT_TOWERS = {
 }
 
 
-def image_transform(options: Namespace) -> dict[str, Any]:
-    """How a picture becomes the model's input; it travels in the checkpoint.
-
-    Pictures are decoded to `stored_size` (bicubic, squashed to a square), which is an eighth larger
-    than the input where they are cropped, so that a crop keeps its sharpness, then resized to
-    `image_size`. With `mirror` an embedding is the mean of the picture's and its mirror image's.
-    """
-    cropped = AUGMENTATIONS[options.image_augment].area < 1
-    stored = options.image_size * 9 // 8 if cropped else options.image_size
-    return {
-        "image_size": options.image_size,
-        "stored_size": 64 if options.data == "shapes" else stored,
-        "mirror": options.test_mirror,
-    }
-
-
 def make_tokenizer(options: Namespace, vocabulary: list[str]) -> Tokenizer:
     """The tokenizer that the text tower reads."""
     if TEXT_TOWERS[options.text_tower].pretrained:
@@ -355,8 +332,6 @@ def build_model(options: Namespace, tokenizer: Tokenizer, pretrained: bool = Tru
 
 def model_from_checkpoint(content: dict[str, Any], path: Path) -> CLIP:
     """Builds the model, with its tokenizer, that a checkpoint holds. Raises UserError."""
-    from argparse import Namespace
-
     try:
         options = Namespace(**content["config"])
         tokenizer = make_tokenizer(options, content["vocabulary"])

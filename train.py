@@ -22,61 +22,49 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from dataset import add_data_flags, load_dataset
+from dataset import add_data_flags
 from evaluate import contrastive_loss, evaluate_split
 from loss import build_loss, check_finite
-from models import (
-    CLIP,
-    HEADS,
-    IMAGE_TOWERS,
-    TEXT_TOWERS,
-    hold_back,
-    image_transform,
-    model_from_checkpoint,
-)
+from models import CLIP, HEADS, IMAGE_TOWERS, TEXT_TOWERS, hold_back
 from sources.pictures import AUGMENTATIONS
 from support import runs
-from support.checkpoint import contents, restore, save_checkpoint
-from support.command import Parser, UserError, later, number, run
+from support.checkpoint import restore, save_checkpoint
+from support.command import Parser, later, number, run
 from support.device import AUTOCAST, choose_device, choose_precision, keep_memory
 from support.options import block_count, config_of, per_data, resolve
+from support.table import table_head, table_line
 
 if TYPE_CHECKING:
-    from dataset import CaptionedImages, Pairs
+    from dataset import Pairs
 
 # ------------------------------------------------------------------------------- the flags
 
 
 def build_parser() -> Parser:
     parser = Parser(prog="train.py", description="Trains a miniature CLIP.")
-    text = (
-        "a list of runs: recipes/NAME.txt, or a file. best: the strongest in a quarter of an hour"
-    )
+    text = "a list of runs: recipes/NAME.txt or a file; best is the strongest in 15 minutes"
     parser.add_argument("--recipe", default="assignment", metavar="NAME", help=text)
     add_data_flags(parser, data="Flickr8k", splits="auto")
     share, count = number(float, 0, 0.95), number(int, 1, 100_000)
-    rate = number(float, 0, 10, above=True)
+    size, rate = number(int, 1, 10_000), number(float, 0, 10, above=True)
     switch = {"action": argparse.BooleanOptionalAction, "default": False}
 
     flag = parser.add_argument_group("input").add_argument
     text = f"flips, crops, turns, colour ({per_data('image_augment')}; none above frozen blocks)"
     flag("--image-augment", choices=AUGMENTATIONS, help=text)
-    text = "share of the side of frozen blocks' maps that is cut away at random, every second batch"
-    flag("--map-crop", type=share, default=0.0, metavar="SHARE", help=text)
+    flag("--map-crop", type=share, default=0.0, help="share cut off frozen blocks' maps, at random")
     text = "rates of words changed in captions, e.g. synonym=0.1,delete=0.1,swap=0.05"
     flag("--text-augment", default="none", metavar="RATES", help=text)
     text = "of an image in one batch; several are positives together"
     flag("--captions-per-image", type=number(int, 1, 100), default=1, metavar="K", help=text)
-    text = "no pictures: two captions of an image are a pair, so that the text tower learns first"
-    flag("--captions-alone", **switch, help=text)
-    text = "train on N seeded training images; dev and test stay whole"
-    flag("--limit", type=number(int, 2, 10**9), metavar="N", help=text)
+    flag("--captions-alone", **switch, help="no pictures: a pair is two captions of an image")
+    flag("--limit", type=number(int, 2, 10**9), metavar="N", help="train on N images, seeded")
 
     flag = parser.add_argument_group("model").add_argument
     text = f"of the square input ({per_data('image_size')}; pretrained: as the tower was trained)"
@@ -85,18 +73,14 @@ def build_parser() -> Parser:
     text = "to start from (default: none for resnet*, imagenet for the others)"
     flag("--image-weights", metavar="none|imagenet|PATH", help=text)
     flag("--text-tower", choices=TEXT_TOWERS, default="transformer")
-    text = "to start from; a FOLDER has config.json, vocab.txt and model.safetensors (default: "
-    text += "pretrained for minilm and bert)"
+    text = "to start from; a FOLDER holds a BERT (default: pretrained for minilm and bert)"
     flag("--text-weights", metavar="none|pretrained|FOLDER", help=text)
     flag("--text-width", type=number(int, 8, 4096), default=256, help="of its word embeddings")
     flag("--text-layers", type=number(int, 1, 48), default=2)
     flag("--dropout", type=share, default=0.1, help="in the text tower; in a bag of whole words")
-    text = "a word in the vocabulary stands this often in the training captions"
-    flag("--min-count", type=number(int, 1, 1000), default=2, help=text)
-    text = "longer captions are cut, and counted"
-    flag("--max-tokens", type=number(int, 3, 1000), default=40, help=text)
-    text = "the projections: one matrix, or a matrix and two layers on standardised features"
-    flag("--head", choices=HEADS, default="linear", help=text)
+    flag("--min-count", type=size, default=2, help="a known word stands this often in the captions")
+    flag("--max-tokens", type=number(int, 3, 1000), default=40, help="more are cut, and counted")
+    flag("--head", choices=HEADS, default="linear", help="the projections; mlp: two layers beside")
     text = "the text tower's own; identity starts at the tower's features (default: as --head)"
     flag("--text-head", choices=HEADS, help=text)
     flag("--image-dropout", type=share, default=0.0, help="of image features, to be projected")
@@ -104,8 +88,7 @@ def build_parser() -> Parser:
     flag("--embed-dim", type=number(int, 2, 8192), default=256, help="of the common space")
     text = "at the start; logit_scale is the logarithm of its inverse"
     flag("--temperature", type=number(float, 0.01, 10), default=0.07, help=text)
-    text = "an image's embedding is the mean of the image's and its mirror image's"
-    flag("--test-mirror", **switch, help=text)
+    flag("--test-mirror", **switch, help="an image's embedding: the mean with its mirror image's")
 
     flag = parser.add_argument_group("training").add_argument
     text = "start from another run's weights, those that fit; model flags left out are its own"
@@ -115,8 +98,7 @@ def build_parser() -> Parser:
     flag("--train-text", type=block_count, metavar="N|all", help="the same for the text tower")
     text = "infonce, siglip, triplet, or a weighted sum such as infonce+0.2*triplet"
     flag("--loss", default="infonce", help=text)
-    text = "share of InfoNCE's target that is spread over all candidates"
-    flag("--label-smoothing", type=share, default=0.0, help=text)
+    flag("--label-smoothing", type=share, default=0.0, help="of InfoNCE's target, over all texts")
     flag("--fixed-temperature", **switch, help="do not learn the temperature")
     flag("--epochs", type=count, help=f"({per_data('epochs')})")
     text = f"images; a pair alone has no negatives ({per_data('batch_size')})"
@@ -127,12 +109,10 @@ def build_parser() -> Parser:
     flag("--weight-decay", type=number(float, 0, 10), default=0.1, help=text)
     flag("--schedule", choices=SCHEDULES, default="cosine", help="learning rate after warm-up")
     flag("--warmup", type=number(float, 0, 1000), default=1.0, help="epochs of linear warm-up")
-    text = "measure and keep a moving average of the weights; a step keeps this share of it"
+    text = "measure and keep an average of the weights, of which a step keeps this share"
     flag("--ema", type=number(float, 0, 0.99999), default=0.0, metavar="DECAY", help=text)
-    text = "largest norm of the gradient; 0: no clipping"
-    flag("--grad-clip", type=number(float, 0, 1e6), default=1.0, help=text)
-    text = "stop after N epochs without a better mean recall on dev"
-    flag("--patience", type=count, metavar="N", help=text)
+    flag("--grad-clip", type=number(float, 0, 1e6), default=1.0, help="its largest norm; 0: none")
+    flag("--patience", type=count, metavar="N", help="stop after N epochs without a better recall")
     flag("--train-recall", **switch, help="measure as many training images as dev has, too")
     flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all that is random")
     flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -170,41 +150,37 @@ def build_optimizer(model: CLIP, loss: nn.Module, options: argparse.Namespace) -
 
     Each group holds its peak learning rate as `peak`: --tower-lr for a pretrained tower.
     """
-    peaks = {
-        "image_tower": options.lr if options.image_weights == "none" else options.tower_lr,
-        "text_tower": options.lr if options.text_weights == "none" else options.tower_lr,
-    }
+    rates = {}  # of a tower's weights; with --captions-alone both towers are the text tower
+    towers = (model.image_tower, options.image_weights), (model.text_tower, options.text_weights)
+    for tower, source in towers:
+        rate = options.lr if source == "none" else options.tower_lr
+        rates |= dict.fromkeys(tower.parameters(), rate)
     groups = defaultdict(list)  # (peak rate, decay) -> weights
-    for name, weight in [*model.named_parameters(), *loss.named_parameters("loss")]:
+    for weight in [*model.parameters(), *loss.parameters()]:
         if weight.requires_grad:
-            peak = peaks.get(name.partition(".")[0], options.lr)
+            peak = rates.get(weight, options.lr)
             groups[peak, options.weight_decay if weight.ndim >= 2 else 0.0].append(weight)
-    return torch.optim.AdamW(
-        [{"params": w, "peak": peak, "weight_decay": d} for (peak, d), w in groups.items()],
-        lr=options.lr,
-        betas=(0.9, 0.98),
-    )
+    rows = [{"params": w, "peak": peak, "weight_decay": d} for (peak, d), w in groups.items()]
+    return torch.optim.AdamW(rows, lr=options.lr, betas=(0.9, 0.98))
 
 
 # ------------------------------------------------------------------------------- one epoch
 
 
 def train_epoch(
-    model: CLIP,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
-    steps: int,
-    loss: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
+    run: Run,
     epoch: int,
     options: argparse.Namespace,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None,
 ) -> dict[str, float]:
     """Every training image once, with its next captions: mean loss, last rate, images a second.
 
-    Raises UserError when the loss is not finite or the embeddings have collapsed; the weights are
-    then still those before that step.
+    `batches` (the benchmark's) stand in the place of the epoch's. Raises UserError when the loss is
+    not finite or the embeddings have collapsed; the weights are then still those before that step.
     """
-    model.train()
+    model, loss, optimizer, scaler = run.learner.train(), run.loss, run.optimizer, run.scaler
+    steps = len(run.pairs["train"].sampler(options))
+    batches = batches or run.pairs["train"].batches(epoch, options, model.device)
     total = seen = 0
     clock = time.perf_counter()
     bar = tqdm(batches, f"epoch {epoch}", steps, unit="batch", leave=False, disable=None)
@@ -249,9 +225,52 @@ Trick = Callable[[CLIP, "dict[str, Pairs]", argparse.Namespace], "tuple[CLIP, di
 TRICKS: tuple[tuple[Callable[[argparse.Namespace], bool], Trick], ...] = (
     (lambda o: o.text_augment != "none", later("tricks.rewrite", "rewrite_captions")),
     (lambda o: o.captions_alone, later("tricks.captions_alone", "pair_captions")),
-    (lambda o: not o.captions_alone, later("tricks.frozen", "keep_features")),
+    (lambda o: not o.captions_alone and not o.poster_text, later("tricks.frozen", "keep_features")),
     (lambda o: o.poster_text, later("posters.words", "add_words")),
 )
+
+
+class Run(NamedTuple):
+    """Everything that changes while a run learns, and what it learns from."""
+
+    model: CLIP
+    learner: CLIP  # what the epochs train: the model, or what is above its frozen blocks
+    pairs: dict[str, Pairs]  # train, dev; with --train-recall a sample of train, too
+    loss: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: Any  # of the weights, with --ema
+    history: list[dict[str, float]]  # a record an epoch
+
+
+def begin(options: argparse.Namespace, earlier: dict[str, Any] | None = None) -> Run:
+    """Data, model, tricks, loss and optimizer of a new run, or of one as `earlier` left it."""
+    device = choose_device(options.device)
+    options.precision = choose_precision(options.precision, device)
+    dataset = runs.read_data(options, earlier)
+    model = runs.model_of(options, dataset, earlier).to(device)
+    model.autocast = AUTOCAST[options.precision]
+    hold_back(model.image_tower, options.train_image)
+    hold_back(model.text_tower, options.train_text)
+    pairs = {name: dataset.pairs(name, model.tokenizer) for name in ("train", "dev")}
+    pairs["train"] = pairs["train"].limited(options.limit, options.seed)
+    if options.train_recall:
+        as_many = min(len(pairs["dev"].rows), len(pairs["train"].rows))
+        pairs["sample"] = pairs["train"].limited(as_many, 0)
+    learner = model
+    for applies, trick in TRICKS:  # none in the assignment
+        if applies(options):
+            learner, pairs = trick(learner, pairs, options)
+    loss = build_loss(options, pairs["train"]).to(device)
+    optimizer = build_optimizer(learner, loss, options)
+    kind = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)
+    scaler = kind(enabled=options.precision == "fp16" and device.type == "cuda")
+    average = later("tricks.averaging", "Average")(learner, options.ema) if options.ema else None
+    if average:
+        optimizer.register_step_post_hook(lambda *_: average.update())
+    torch.manual_seed(options.seed)  # dropout draws from torch's own generator
+    run = Run(model, learner, pairs, loss, optimizer, scaler, average, [])
+    return restore(run, earlier) if earlier else run
 
 
 def train(
@@ -263,68 +282,30 @@ def train(
     `home` is the folder to resume: the run's, or that of its recipe.
     """
     if earlier and runs.is_finished(earlier["history"], options):
-        epochs = f"after {earlier['epoch']} epochs; --epochs N goes further"
-        print(f"{out}: this run is finished {epochs}")
+        further = "; --epochs N goes further" if home == out else ""
+        print(f"{out}: this run is finished after {earlier['epoch']} epochs{further}")
         return 0
-    clock, device = time.perf_counter(), choose_device(options.device)
-    options.precision = choose_precision(options.precision, device)
-    dataset = read_data(options, earlier)
-    if earlier:
-        model = model_from_checkpoint(earlier, out / "last.pt")
-    else:
-        model = runs.new_model(options, dataset)
-    model.to(device).autocast = AUTOCAST[options.precision]
-    hold_back(model.image_tower, options.train_image)
-    hold_back(model.text_tower, options.train_text)
-
-    pairs = {name: dataset.pairs(name, model.tokenizer) for name in ("train", "dev")}
-    pairs["train"] = pairs["train"].limited(options.limit, options.seed)
-    if options.train_recall:
-        as_many = min(len(pairs["dev"].rows), len(pairs["train"].rows))
-        pairs["sample"] = pairs["train"].limited(as_many, 0)
-    learner = model  # what the epochs train
-    for applies, trick in TRICKS:  # none in the assignment
-        if applies(options):
-            learner, pairs = trick(learner, pairs, options)
-    loss = build_loss(options, pairs["train"]).to(device)
-    optimizer = build_optimizer(learner, loss, options)
-    scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
-    average = later("tricks.averaging", "Average")(learner, options.ema) if options.ema else None
-    if average:
-        optimizer.register_step_post_hook(lambda *_: average.update())
-    torch.manual_seed(options.seed)  # dropout draws from torch's own generator
-    history = restore(earlier, optimizer, scaler, loss, average) if earlier else []
+    clock = time.perf_counter()
+    run = begin(options, earlier)
+    history, before = run.history, run.history[-1]["minutes"] if run.history else 0.0
     runs.write_config(out / "config.json", config_of(options))
-    print(runs.describe(model, learner, pairs, options))
-
-    steps = len(pairs["train"].sampler(options))
-    before = history[-1]["minutes"] if history else 0.0
+    print(runs.describe(run, options))
     with runs.Interrupts() as interrupts:
         try:
-            print(runs.table_head())
+            print(table_head())
             while not runs.is_finished(history, options):
                 epoch, since = len(history) + 1, time.perf_counter()
-                batches = pairs["train"].batches(epoch, options, device)
-                record: dict[str, float] = {"epoch": epoch}
-                record |= train_epoch(
-                    learner, batches, steps, loss, optimizer, scaler, epoch, options
-                )
-                with average.in_place() if average else nullcontext() as raw:
-                    record |= measure(learner, pairs, options, f"epoch {epoch}, dev")
+                record = {"epoch": epoch} | train_epoch(run, epoch, options)
+                with run.average.in_place() if run.average else nullcontext() as weights:
+                    record |= measure(run, options, f"epoch {epoch}, dev")
                     now = time.perf_counter()
                     record |= {"seconds": now - since, "minutes": before + (now - clock) / 60}
                     history.append(record)
                     best = max(history, key=lambda past: past["mean_recall"])  # first of equals
-                    content = contents(model, pairs, optimizer, scaler, loss, raw, history)
-                    content["config"] = config_of(options)
-                    content["finished"] = runs.is_finished(history, options)
                     copy = out / "best.pt" if best is record else None
-                    save_checkpoint(out / "last.pt", content, copy)
-                runs.write_history(out / "history.csv", history)
-                later("support.figures", "draw_curves")(
-                    history, out / "curves.png", dataset.origin()
-                )
-                print(runs.table_line(record), flush=True)
+                    save_checkpoint(out / "last.pt", runs.contents(run, weights, options), copy)
+                runs.write_history(out, history, run.pairs["train"].dataset.origin())
+                print(table_line(record), flush=True)
         except KeyboardInterrupt:
             runs.say_stopped(out, home)
             return interrupts.code
@@ -337,32 +318,16 @@ def train(
     return 0
 
 
-def read_data(options: argparse.Namespace, earlier: dict[str, Any] | None) -> CaptionedImages:
-    """The data of a run, and a line about it. Raises UserError when it has changed since."""
-    size = image_transform(options)["stored_size"]
-    place = options.splits, size, options.cache, options.workers, options.titles
-    dataset = load_dataset(options.data, *place)
-    print(dataset.summary())
-    if earlier and dataset.fingerprint != earlier["fingerprint"]:
-        raise UserError(
-            f"--resume: the data has changed since (fingerprint {dataset.fingerprint}, the run's "
-            f"is {earlier['fingerprint']}); put it back, or start a new run"
-        )
-    return dataset
-
-
-def measure(
-    learner: CLIP, pairs: dict[str, Pairs], options: argparse.Namespace, place: str
-) -> dict[str, float]:
+def measure(run: Run, options: argparse.Namespace, place: str) -> dict[str, float]:
     """Loss and recalls on dev; with --train-recall top-1 of as many training images, too."""
-    embedded, scale = evaluate_split(learner, pairs["dev"]), learner.scale().item()
-    images, texts = map(torch.from_numpy, embedded[1:3])
+    embedded, scale = evaluate_split(run.learner, run.pairs["dev"]), run.learner.scale().item()
+    images, texts = map(torch.from_numpy, (embedded.image_embeddings, embedded.text_embeddings))
     check_finite(0.0, images, texts, place)
     record = {"dev_loss": contrastive_loss(embedded, scale, options.batch_size), **embedded.metrics}
-    if "sample" in pairs:
-        sample = evaluate_split(learner, pairs["sample"]).metrics
+    if "sample" in run.pairs:
+        sample = evaluate_split(run.learner, run.pairs["sample"]).metrics
         record |= {f"train_top1_{way}": sample[f"top1_{way}"] for way in ("i2t", "t2i")}
-        record["dev_films"] = len(pairs["dev"].rows)
+        record["dev_films"] = len(run.pairs["dev"].rows)
     return {**record, "logit_scale": scale}
 
 

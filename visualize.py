@@ -154,9 +154,8 @@ def draw_tsne(path: Path, embedded: Embedded, seed: int, footer: str) -> None:
 
     pairs, captions_of = embedded.pairs, [""] * len(embedded.pairs.rows)
     images, captions = sample_pairs(pairs, 500, seed)
-    both = np.concatenate(
-        [embedded.image_embeddings[images], embedded.text_embeddings[captions]]
-    ).astype(np.float64)
+    rows = embedded.image_embeddings[images], embedded.text_embeddings[captions]
+    both = np.concatenate(rows).astype(np.float64)
     perplexity = min(30, (len(both) - 1) / 3)
     init = "pca" if np.ptp(both, axis=0).max() > 1e-6 else "random"  # PCA of one point fails
     tsne = TSNE(2, perplexity=perplexity, init=init, random_state=seed)
@@ -181,9 +180,6 @@ def draw_tsne(path: Path, embedded: Embedded, seed: int, footer: str) -> None:
         key = "● image   ▲ its caption\n— a pair\n\nTopic of the captions\n(and its images)"
         axes.legend(title=key, loc="upper left", bbox_to_anchor=(1.01, 1), alignment="left")
         axes.set(xlabel="t-SNE dimension 1 (no unit)", ylabel="t-SNE dimension 2 (no unit)")
-
-
-# ---------------------------------------------------------------------- what a query finds
 
 
 class Hit(NamedTuple):
@@ -315,7 +311,9 @@ def draw_split(trained: Trained, options: Namespace) -> None:
     embedded, pictures = embed_split(trained, options)
     pairs, out, seed, footer = embedded.pairs, options.out, options.seed, pictures.footer
     history, pool = whole_history(trained), len(pairs.rows)
-    write(out / "curves.png", lambda path: draw_curves(history, path, origin(trained, options)))
+    first = "; the run of the first" if len(trained.members) > 1 else ""
+    about = f"{origin(trained, options)}{first}"
+    write(out / "curves.png", lambda path: draw_curves(history, path, about))
     if pairs.dataset.kind in FIGURES:
         FIGURES[pairs.dataset.kind](out, embedded, history, footer, evaluate)
     write(out / "similarity.png", draw_similarity, embedded, seed, footer)
@@ -367,7 +365,7 @@ def draw_search(trained: Trained, options: Namespace) -> None:
 
 
 def draw_zero_shot(trained: Trained, options: Namespace) -> None:
-    """Draws what the classes of --zero-shot are taken for."""
+    """Draws what the pictures of each class folder of --zero-shot are taken for."""
     result = zeroshot.zero_shot(trained, options)
     write(options.out / "confusion.png", zeroshot.draw_confusion, result, origin(trained, options))
 

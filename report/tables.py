@@ -74,7 +74,9 @@ CELLS: dict[str, Callable[[Rows], str]] = {  # a column's head -> its cell, of t
     "95% t2i": lambda rows: "" if rows[1:] else rows[0]["t2i_95"],
     "i2t R@1 / 5 / 10": lambda rows: recalls(rows, "i2t"),
     "t2i R@1 / 5 / 10": lambda rows: recalls(rows, "t2i"),
-    "medr": lambda rows: f"{mean(rows, 'i2t_medr', '.0f')}, {mean(rows, 't2i_medr', '.0f')}",
+    "medr": lambda rows: ", ".join(
+        mean(rows, f"{w}_medr", ".0f") for w in ("i2t", "t2i") if "seed" in rows[0]
+    ),
     "mean": lambda rows: mean(rows, "mean_recall"),
     "minutes": minutes,
     "seeds": seeds,

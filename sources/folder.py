@@ -42,7 +42,8 @@ def read_collection(
     unreadable = [f"{names[row]}: {reason}" for row, reason in decoded.failed.items()]
     readable = [name for row, name in enumerate(names) if row not in decoded.failed]
     check_readable(folder, names, unreadable)
-    rows = [row for row in rows if row.image in set(readable)]
+    kept = set(readable)
+    rows = [row for row in rows if row.image in kept]
     labels, way, remarks, by_caption = choose_splits(splits, rows, readable, folder)
     skipped |= {"unreadable images": unreadable, **cleaned}
     digests = [digest or "" for digest in decoded.digests]

@@ -16,13 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torchvision
-from torch import nn
 
 from support.command import UserError, atomic_write
 
 if TYPE_CHECKING:
-    from dataset import Pairs
-    from models import CLIP
+    from train import Run
 
 FORMAT, VERSION = "mini-clip", 4
 NOT_A_CHECKPOINT = (  # what torch.load and load_state_dict raise for a file of another kind
@@ -86,10 +84,10 @@ def fill_from(model: torch.nn.Module, content: dict[str, Any], name: str) -> Non
         for key in state
         if key in weights and same_shape(state[key], weights[key])
     }
-    if not fitting:
+    if not any(weight.ndim for weight in fitting.values()):  # logit_scale fits any model
         raise UserError(f"--init {name}: none of its weights fits this model")
     model.load_state_dict({**state, **fitting})
-    fresh = sorted({".".join(key.split(".")[:1]) for key in state.keys() - fitting.keys()})
+    fresh = sorted({key.partition(".")[0] for key in state.keys() - fitting.keys()})
     rest = f"; fresh ones in {', '.join(fresh)}" if fresh else ""
     print(f"init: {len(fitting):,} of {len(state):,} weights are those of {name}{rest}")
 
@@ -110,27 +108,22 @@ def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
-def contents(
-    model: CLIP,
-    pairs: dict[str, Pairs],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    loss: nn.Module,
-    average: dict[str, Any] | None,
-    history: list[dict[str, float]],
-) -> dict[str, Any]:
-    """What a checkpoint holds: enough to go on in the same bits, and to be evaluated."""
-    dataset, rows = pairs["train"].dataset, pairs["train"].rows
+def contents(run: Run, weights: dict[str, Any] | None) -> dict[str, Any]:
+    """What a checkpoint holds of a run: enough to go on in the same bits, and to be evaluated.
+
+    With --ema the model is the average, and `weights` are those that learn.
+    """
+    dataset, rows = run.pairs["train"].dataset, run.pairs["train"].rows
     return {
-        "epoch": len(history),
-        "transform": model.transform,
-        "vocabulary": model.tokenizer.vocabulary,
-        "model": model.state_dict(),  # with --ema the average
-        "average": average,  # with --ema the weights
-        "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict(),
-        "loss": loss.state_dict(),
-        "history": history,
+        "epoch": len(run.history),
+        "transform": run.model.transform,
+        "vocabulary": run.model.tokenizer.vocabulary,
+        "model": run.model.state_dict(),
+        "average": weights,
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "loss": run.loss.state_dict(),
+        "history": run.history,
         "random_states": random_states(),
         "fingerprint": dataset.fingerprint,
         "split_by_caption": dataset.by_caption,
@@ -141,19 +134,13 @@ def contents(
     }
 
 
-def restore(
-    earlier: dict[str, Any],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    loss: nn.Module,
-    average: Any,
-) -> list[dict[str, float]]:
-    """Everything but the model as a checkpoint's last epoch left it; returns the history."""
-    optimizer.load_state_dict(earlier["optimizer"])
+def restore(run: Run, earlier: dict[str, Any]) -> Run:
+    """Everything but the model as a checkpoint's last epoch left it."""
+    run.optimizer.load_state_dict(earlier["optimizer"])
     if earlier["scaler"]:
-        scaler.load_state_dict(earlier["scaler"])
-    loss.load_state_dict(earlier["loss"])
-    if average:
-        average.restore(earlier["average"])
-    restore_random_states(earlier["random_states"])
-    return earlier["history"]
+        run.scaler.load_state_dict(earlier["scaler"])
+    run.loss.load_state_dict(earlier["loss"])
+    if run.average:
+        run.average.restore(earlier["average"])
+    restore_random_states(earlier["random_states"], run.model.device)
+    return run._replace(history=earlier["history"])

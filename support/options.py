@@ -42,23 +42,28 @@ def resolve(parser: Parser, typed: dict[str, Any], recipe: dict[str, Any]) -> Na
     With --init the flags of the group "model" are, where nothing else says so, those of the
     checkpoint. Raises UserError for flags that contradict each other.
     """
-    defaults = parser.defaults()
-    shapes = {**defaults, **recipe, **typed}["data"] == "shapes"
-    if shapes:
-        recipe = {flag: x for flag, x in recipe.items() if flag not in CAPTIONS_CONTRADICT}
+    defaults, recipe = parser.defaults(), suited(recipe, typed)
     chosen = {**defaults, **recipe, **typed}
     if chosen["init"]:
         earlier = load_checkpoint(checkpoint_in(chosen["init"]))
         if "config" not in earlier:
             raise UserError(f"--init {chosen['init']} holds several models; name the run of one")
-        kept = {flag: earlier["config"][flag] for flag in parser.group("model")}
+        known = {**defaults, **earlier["config"]}  # with flags that are younger than the checkpoint
+        kept = {flag: known[flag] for flag in parser.group("model")}
         chosen = {**defaults, **kept, **recipe, **typed}
-    options = Namespace(**chosen)
+    options, shapes = Namespace(**chosen), chosen["data"] == "shapes"
     if not shapes:
         options.data = str(Path(options.data).resolve())
     fill_in(options, shapes)
     check(options)
     return options
+
+
+def suited(recipe: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's flags; for `shapes` without those that its captions contradict."""
+    if {**recipe, **typed}.get("data") != "shapes":
+        return recipe
+    return {flag: x for flag, x in recipe.items() if flag not in CAPTIONS_CONTRADICT}
 
 
 def fill_in(options: Namespace, shapes: bool) -> None:

@@ -18,15 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from dataset import Tokenizer
-from models import TEXT_TOWERS, build_model
+from dataset import Tokenizer, image_transform, load_dataset
+from models import TEXT_TOWERS, build_model, model_from_checkpoint
+from support.checkpoint import contents as contents_of
 from support.checkpoint import fill_from, load_checkpoint, save_checkpoint
 from support.command import HERE, Parser, UserError, atomic_write, later, sweep, warn
-from support.options import OF_THE_MACHINE, checkpoint_in, resolve
+from support.options import OF_THE_MACHINE, checkpoint_in, config_of, resolve, suited
 
 if TYPE_CHECKING:
-    from dataset import CaptionedImages, Pairs
+    from dataset import CaptionedImages
     from models import CLIP
+    from train import Run
 
 RECIPES = HERE / "recipes"
 MAY_CHANGE = ("workers", "device", "epochs", "resume", "cache", "out")  # when a run is resumed
@@ -90,12 +92,14 @@ def run_recipe(
     """
     first_of_all = "recipe.txt"
     if not (out / first_of_all).is_file():
-        more = as_words({f: x for f, x in typed.items() if f not in ("recipe", *OF_THE_MACHINE)})
-        runs = [(name, [*words, *more]) for name, words in runs]
+        said = {flag: x for flag, x in typed.items() if flag not in OF_THE_MACHINE}
+        runs = [(name, as_words(suited(parser.typed(words), said) | said)) for name, words in runs]
         with atomic_write(out / first_of_all) as temporary:
             lines = [f"{name}: {shlex.join(words)}\n" for name, words in runs]
             temporary.write_text("".join(lines), "utf-8")
     machine = {f: x for f, x in typed.items() if f in ("cache", "device", "workers")}
+    for folder in (out, *(out / name for name, _ in runs)):
+        sweep_run(folder)
     begun: set[str] = set()
     for place, (name, words) in enumerate(runs, 1):
         print(f"run {place} of {len(runs)}: {name}", flush=True)
@@ -107,8 +111,7 @@ def run_recipe(
         if (folder / "last.pt").is_file():
             options, earlier = resumed({**machine, "resume": str(folder)}, parser)
         else:
-            options = resolve(parser, {f: flags[f] for f in flags if f in typed}, flags)
-        options.recipe = typed.get("recipe", out.name)
+            options = resolve(parser, flags, {})
         if code := train(options, folder, earlier, out):
             return code
     members = [name for name, _ in runs if name not in begun]
@@ -150,11 +153,14 @@ def check_folder(out: Path) -> None:
         raise UserError(f"--out {out} is, or lies in, a file; give a folder")
 
 
-def write_history(path: Path, history: list[dict[str, float]]) -> None:
+def write_history(out: Path, history: list[dict[str, float]], footer: str) -> None:
+    """Writes history.csv and draws curves.png."""
+    path = out / "history.csv"
     with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(history[0]))
         writer.writeheader()
         writer.writerows(history)
+    later("support.figures", "draw_curves")(history, out / "curves.png", footer)
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
@@ -183,9 +189,14 @@ def resumed(typed: dict[str, Any], parser: Parser) -> tuple[Namespace, dict[str,
                 f"{config[flag]}; leave it out, or start a new run with another --out"
             )
     changed = {flag: typed[flag] for flag in MAY_CHANGE if flag in typed}
-    for name in ("last.pt", "best.pt", "history.csv", "curves.png", "config.json"):
-        sweep(path.with_name(name))
+    sweep_run(path.parent)
     return Namespace(**{**parser.defaults(), **config, **changed, "out": path.parent}), content
+
+
+def sweep_run(folder: Path) -> None:
+    """Deletes what killed processes left half written in a run's folder, or in a recipe's."""
+    for name in ("last.pt", "best.pt", "history.csv", "curves.png", "config.json", "recipe.txt"):
+        sweep(folder / name)
 
 
 class Interrupts:
@@ -215,38 +226,6 @@ def say_stopped(out: Path, home: Path) -> None:
 
 # ------------------------------------------------------------------- what a run says of itself
 
-COLUMNS = {  # of the table on the screen: key -> (title, format)
-    "epoch": ("epoch", "{:5d}"),
-    "train_loss": ("loss", "{:7.3f}"),
-    "dev_loss": ("dev loss", "{:8.3f}"),
-    "top1_i2t": ("top1 i2t", "{:8.1f}"),
-    "top1_t2i": ("t2i", "{:5.1f}"),
-    "i2t_r1": ("i2t R@1", "{:7.1f}"),
-    "i2t_r5": ("R@5", "{:5.1f}"),
-    "i2t_r10": ("R@10", "{:5.1f}"),
-    "i2t_medr": ("medr", "{:5.0f}"),
-    "t2i_r1": ("t2i R@1", "{:7.1f}"),
-    "t2i_r5": ("R@5", "{:5.1f}"),
-    "t2i_r10": ("R@10", "{:5.1f}"),
-    "t2i_medr": ("medr", "{:5.0f}"),
-    "mean_recall": ("mean", "{:5.1f}"),
-    "logit_scale": ("scale", "{:5.1f}"),
-    "images_per_second": ("img/s", "{:6.0f}"),
-    "seconds": ("s", "{:5.0f}"),
-    "minutes": ("min", "{:6.1f}"),  # since the run began, its preparation included
-}
-
-
-def table_head() -> str:
-    widths = {key: len(form.format(0)) for key, (_, form) in COLUMNS.items()}
-    return " ".join(title.rjust(widths[key]) for key, (title, _) in COLUMNS.items())
-
-
-def table_line(record: dict[str, float]) -> str:
-    return " ".join(
-        form.format(record[key]).rjust(len(title)) for key, (title, form) in COLUMNS.items()
-    )
-
 
 def say_duration(seconds: float, epochs: int) -> None:
     """How long a run will take, after its first steps."""
@@ -265,9 +244,32 @@ def is_finished(history: list[dict[str, float]], options: Namespace) -> bool:
 # ----------------------------------------------------------------------- model and checkpoint
 
 
-def new_model(options: Namespace, dataset: CaptionedImages) -> CLIP:
-    """A model with weights that are random, of others (pretrained), or those of --init."""
-    captions = dataset.pairs("train").limited(options.limit, options.seed).captions
+def read_data(options: Namespace, earlier: dict[str, Any] | None) -> CaptionedImages:
+    """The data of a run, and a line about it. Raises UserError when it has changed since."""
+    size = image_transform(options)["stored_size"]
+    place = options.splits, size, options.cache, options.workers, options.titles
+    dataset = load_dataset(options.data, *place)
+    print(dataset.summary())
+    if earlier and dataset.fingerprint != earlier["fingerprint"]:
+        raise UserError(
+            f"--resume: the data has changed since (fingerprint {dataset.fingerprint}, the run's "
+            f"is {earlier['fingerprint']}); put it back, or start a new run"
+        )
+    return dataset
+
+
+def model_of(options: Namespace, dataset: CaptionedImages, earlier: dict[str, Any] | None) -> CLIP:
+    """The model of a run: that of its checkpoint, or a new one.
+
+    A new one has weights that are random, of others (pretrained), or those of --init.
+    """
+    if earlier:
+        return model_from_checkpoint(earlier, options.out)
+    pairs = dataset.pairs("train")
+    if options.limit and options.limit > len(pairs.rows):
+        count = f"{len(pairs.rows):,} training images"
+        warn(f"--limit {options.limit:,}: there are {count}, all are used")
+    captions = pairs.limited(options.limit, options.seed).captions
     init = load_checkpoint(checkpoint_in(options.init)) if options.init else None
     if TEXT_TOWERS[options.text_tower].pretrained:
         tokenizer = later("towers.bert", "tokenizer_for")(options)
@@ -275,17 +277,29 @@ def new_model(options: Namespace, dataset: CaptionedImages) -> CLIP:
         tokenizer = Tokenizer(init["vocabulary"], options.max_tokens)
     else:
         tokenizer = Tokenizer.train(captions, options.min_count, options.max_tokens)
-    model = build_model(options, tokenizer)
+    towers = ("image_tower", "text_tower")
+    same = init and all(init["config"][tower] == getattr(options, tower) for tower in towers)
+    model = build_model(options, tokenizer, pretrained=not same)
     if init:
         fill_from(model, init, options.init)
     return model
 
 
-def describe(model: CLIP, learner: CLIP, pairs: dict[str, Pairs], options: Namespace) -> str:
+def contents(run: Run, weights: dict[str, Any] | None, options: Namespace) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    finished = is_finished(run.history, options)
+    return {**contents_of(run, weights), "config": config_of(options), "finished": finished}
+
+
+def describe(run: Run, options: Namespace) -> str:
     """The line before the table: towers, sizes, precision and what chance would give."""
+    model, learner, pairs = run.model, run.learner, run.pairs
     weights = sum(weight.numel() for weight in model.parameters())
     learned = sum(weight.numel() for weight in learner.parameters() if weight.requires_grad)
     images, tokenizer = len(pairs["train"].rows), model.tokenizer
+    tokenizer.cut = 0
+    for split in ("train", "dev"):
+        tokenizer(pairs[split].captions)  # counts those that are cut
     return (
         f"model: {options.image_tower} at {options.image_size} px and {options.text_tower}, "
         f"{weights:,} weights of which {learned:,} learn; "

@@ -1,8 +1,10 @@
 """Shared by the tests: small photo folders, tiny runs, and the real Flickr8k where it is."""
 
+import argparse
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -184,3 +186,110 @@ def tiny_run(photo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     words = ["--data", photo_data, "--out", out, "--epochs", 3, "--cache", cache, *TINY]
     assert train.main([str(word) for word in words]) == 0
     return out
+
+
+def listed(folder: Path) -> list[str]:
+    """The names in a folder, those of hidden files too."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+SMALL = {"data": "shapes", "image_size": 32, "text_width": 32, "text_layers": 2, "embed_dim": 16}
+WORDS = [f"word{number}" for number in range(30)]  # of `small_model`'s vocabulary; the first is 4
+
+
+def small_options(**flags: object) -> argparse.Namespace:
+    """The options of a run with a small model, as train.py would settle them."""
+    import train
+    from support.options import resolve
+
+    return resolve(train.build_parser(), {**SMALL, **flags}, {})
+
+
+def small_model(**flags: object):
+    """A CLIP of random weights for pictures of 32 pixels and texts of `WORDS`."""
+    from dataset import Tokenizer
+    from models import build_model
+
+    return build_model(small_options(**flags), Tokenizer([*Tokenizer.SPECIAL, *WORDS], 12))
+
+
+# ------------------------------------------------------------------------------- whole runs
+
+
+def run_train(*words: object) -> int:
+    """train.py in this process; an exit code. Raises UserError."""
+    import train
+
+    return train.main([str(word) for word in words])
+
+
+def start(data: Path, out: Path, cache: Path, *more: object) -> list[str]:
+    """The words of a tiny run."""
+    return [str(w) for w in ("--data", data, "--out", out, "--cache", cache, *TINY, *more)]
+
+
+def flat(content: object, place: str = "") -> dict[str, object]:
+    """Every leaf of a checkpoint by its place, so that two can be compared bit by bit."""
+    if isinstance(content, dict):
+        items = [(str(key), value) for key, value in content.items()]
+    elif isinstance(content, (list, tuple)):
+        items = [(str(key), value) for key, value in enumerate(content)]
+    else:
+        return {place: content}
+    leaves: dict[str, object] = {}
+    for key, value in items:
+        leaves |= flat(value, f"{place}/{key}")
+    return leaves
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Two checkpoints have the same bits in everything but the clock."""
+    import torch
+
+    from support.checkpoint import load_checkpoint
+
+    first, second = (flat(load_checkpoint(path)) for path in (one, other))
+    assert first.keys() == second.keys()
+    for place, value in first.items():
+        if place.endswith(("/seconds", "/minutes", "/images_per_second")):
+            continue
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, second[place]), place
+        else:
+            assert value == second[place], place
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """signalled(n, signum): the n-th checkpoint from here on is half written when a signal comes.
+
+    It stands in for a user who stops a run there, or for a kill; returns the list of the calls.
+    """
+    import torch
+
+    def prepare(count: int, signum: int = signal.SIGINT) -> list[Path]:
+        real, calls = torch.save, []
+
+        def save(content: object, path: Path) -> None:
+            calls.append(Path(path))
+            if len(calls) == count:
+                Path(path).write_bytes(b"half")
+                signal.raise_signal(signum)
+            real(content, path)
+
+        monkeypatch.setattr(torch, "save", save)
+        return calls
+
+    yield prepare
+
+
+@pytest.fixture(scope="session")
+def resnet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of a ResNet18 in the format of torchvision's."""
+    import torch
+    import torchvision
+
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), path)
+    return path

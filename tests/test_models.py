@@ -1,47 +1,37 @@
-"""Towers, temperature, pretrained weights, devices and checkpoints."""
+"""The towers of random weights, the temperature, what learns, devices, and checkpoints.
+
+Pretrained towers are in test_towers.py.
+"""
 
 import math
 import pickle
-import urllib.error
 from pathlib import Path
 
 import numpy as np
 import pytest
-import text_towers
 import torch
 import torchvision
-from cli import UserError
-from test_cli import listed
+from conftest import WORDS, listed, small_model, small_options
 from torch import nn
 
-import models
-import towers
-from captions import Tokenizer
-from flags import build_parser, resolve
+from dataset import Tokenizer
 from loss import info_nce
 from models import (
     CLIP,
-    build_model,
-    choose_device,
+    HEADS,
+    IMAGE_TOWERS,
+    TEXT_TOWERS,
+    Normalize,
+    TextTransformer,
+    hold_back,
     image_transform,
-    load_checkpoint,
     model_from_checkpoint,
-    save_checkpoint,
-    side_by_side,
 )
-
-TOKENIZER = Tokenizer([*Tokenizer.SPECIAL, *(f"word{i}" for i in range(30))], 12)
-SMALL = {"data": "shapes", "image_size": 32, "text_width": 32, "text_layers": 2, "embed_dim": 16}
-
-
-def config(**flags: object) -> dict:
-    made = resolve({**SMALL, **flags}, build_parser().defaults())
-    return {flag: value for flag, value in made.items() if flag not in ("cache", "out")}
-
-
-def build(**flags: object) -> CLIP:
-    made = config(**flags)
-    return build_model(made, image_transform(made), TOKENIZER)
+from support.checkpoint import FORMAT, fill_from, load_checkpoint, save_checkpoint
+from support.command import UserError
+from support.device import choose_device, choose_precision
+from support.options import ALL, config_of
+from towers.bag import TextBag
 
 
 def pictures(count: int, seed: int = 0) -> torch.Tensor:
@@ -49,16 +39,16 @@ def pictures(count: int, seed: int = 0) -> torch.Tensor:
 
 
 def text(*numbers: int, length: int = 0) -> list[int]:
-    made = [Tokenizer.BOS, *numbers, Tokenizer.EOS]
-    return made + [Tokenizer.PAD] * (length - len(made))
+    tokens = [Tokenizer.BOS, *numbers, Tokenizer.EOS]
+    return tokens + [Tokenizer.PAD] * (length - len(tokens))
 
 
 @pytest.fixture(scope="module", params=["transformer", "lstm", "bag"])
 def model(request) -> CLIP:
-    return build(text_tower=request.param).eval()
+    return small_model(text_tower=request.param).eval()
 
 
-# ------------------------------------------------------------------------------- the towers
+# --------------------------------------------------------------------------- the text towers
 
 
 @pytest.mark.parametrize("inference", [False, True])  # torch has another path for each
@@ -97,28 +87,13 @@ def test_padding_gets_no_gradient(model):
     assert (grad[Tokenizer.PAD] == 0).all() and (grad[5] != 0).any() and grad.isfinite().all()
 
 
-def test_word_order_matters(model):
-    made = model.encode_text(torch.tensor([text(5, 6, 7), text(7, 6, 5)]))
-    kept = isinstance(model.text_tower, text_towers.TextBag)  # as its name says
-    assert ((made[0] - made[1]).abs().max() < 1e-6) == kept
-
-
-def test_a_bag_is_a_mean_that_its_weights_tilt():
-    tower = build(text_tower="bag", dropout=0.9).eval().text_tower
-    tokens, words = torch.tensor([text(5, 6, 6, length=8)]), tower.words.weight
-    mean = words[[Tokenizer.BOS, 5, 6, 6, Tokenizer.EOS]].mean(0)
-    torch.testing.assert_close(tower(tokens)[0], mean, rtol=0, atol=1e-6)
-    with torch.no_grad():
-        tower.scores.weight[5] = 30.0
-    torch.testing.assert_close(tower(tokens)[0], words[5], rtol=0, atol=1e-5)
-    with torch.no_grad():
-        tower.scores.weight[5] = 0.0
-    kept = [(tower.train()(tokens)[0] - mean).norm() for _ in range(20)]
-    assert max(kept) > 1e-3 and all(x.isfinite() for x in kept)
+def test_word_order_matters_but_to_a_bag(model):
+    first, turned = model.encode_text(torch.tensor([text(5, 6, 7), text(7, 6, 5)]))
+    assert ((first - turned).abs().max() < 1e-6) == isinstance(model.text_tower, TextBag)
 
 
 def test_packed_lstm_equals_an_unpacked_one_on_each_text_alone():
-    tower = build(text_tower="lstm").eval().text_tower
+    tower = small_model(text_tower="lstm").eval().text_tower
     texts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
     packed = tower(torch.tensor([text(*words, length=10) for words in texts]))
     for row, words in enumerate(texts):
@@ -127,89 +102,101 @@ def test_packed_lstm_equals_an_unpacked_one_on_each_text_alone():
 
 
 def test_transformer_feature_is_the_mean_over_the_real_tokens():
-    tower = build().eval().text_tower
+    tower = small_model().eval().text_tower
     tokens = torch.tensor([text(5, 6, 7)])
-    states = tower.blocks(tower.words(tokens) + tower.positions[:5])
+    states = tower.encoder(tower.words(tokens) + tower.positions[:5])
     padded = tower(torch.tensor([text(5, 6, 7, length=11)]))
     torch.testing.assert_close(padded[0], states[0].mean(0), rtol=0, atol=1e-6)
 
 
-def test_embeddings_have_unit_length(model):
-    for made in (model.encode_image(pictures(3)), model.encode_text(torch.tensor([text(5)] * 3))):
-        assert made.shape == (3, 16) and made.dtype == torch.float32
-        torch.testing.assert_close(made.norm(dim=1), torch.ones(3))
-
-
-def test_pixels_are_normalised_inside_the_model(model):
-    images, seen = pictures(2), []
-    first = model.image_blocks[0]
-    hook = first.register_forward_pre_hook(lambda _module, given: seen.append(given[0]))
-    model.encode_image(images)
-    hook.remove()
-    wanted = torchvision.transforms.Normalize(**models.IMAGENET)(images)
-    torch.testing.assert_close(seen[0], wanted)
-
-
 @pytest.mark.parametrize("width", [8, 100, 193, 200, 300])
 def test_any_width_of_the_transformer(width):
-    tower = text_towers.TextTransformer(20, 6, width, 1, 0.0).eval()
+    tower = TextTransformer(20, 6, width, 1, 0.0).eval()
     assert tower(torch.tensor([text(5, length=6)])).shape == (1, width)
 
 
 def test_heads_of_the_usual_widths_have_64_numbers():
     for width, heads in ((64, 1), (256, 4), (512, 8)):
-        tower = text_towers.TextTransformer(20, 6, width, 1, 0.0)
-        assert tower.blocks.layers[0].self_attn.num_heads == heads
+        tower = TextTransformer(20, 6, width, 1, 0.0)
+        assert tower.encoder.layers[0].self_attn.num_heads == heads
 
 
-@pytest.mark.parametrize(
-    ("stem", "sides"), [("imagenet", [16, 8, 4, 2]), ("small", [32, 16, 8, 4])]
-)
-def test_stems(stem, sides):
-    tower, width, _ = towers.resnet("resnet18", config(stem=stem))
-    tower.eval()
-    stages, images = [], torch.rand(1, 3, 64, 64)
-    for stage in (tower.layer1, tower.layer2, tower.layer3, tower.layer4):
-        stage.register_forward_hook(lambda _module, _given, made: stages.append(made.shape[-1]))
-    assert tower(images).shape == (1, width) == (1, 512)
-    assert stages == sides
+# -------------------------------------------------------------- image towers, projections
 
 
-def test_resnet50_is_wider():
-    assert towers.resnet("resnet50", config()).width == 2048
+def test_embeddings_have_unit_length(model):
+    tokens = torch.tensor([text(5)] * 3)
+    for embeddings in (model.encode_image(pictures(3)), model.encode_text(tokens)):
+        assert embeddings.shape == (3, 16) and embeddings.dtype == torch.float32
+        torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(3))
+    images, texts, scale = model(pictures(3), tokens)
+    assert torch.equal(images, model.encode_image(pictures(3)))
+    assert torch.equal(texts, model.encode_text(tokens)) and scale.shape == ()
+
+
+def test_pixels_are_normalised_by_the_first_block(model):
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    expected = torchvision.transforms.Normalize(mean, std)(pictures(2))
+    torch.testing.assert_close(model.image_tower[0](pictures(2)), expected)
+    assert isinstance(model.image_tower[0], Normalize) and not model.image_tower[0].state_dict()
+
+
+@pytest.mark.parametrize(("name", "width"), [("resnet18", 512), ("resnet50", 2048)])
+def test_a_resnet_is_torchvisions_without_its_classifier(name, width):
+    options = small_options(image_tower=name)
+    torch.manual_seed(3)
+    tower = IMAGE_TOWERS[name].build(options).eval()
+    torch.manual_seed(3)
+    net = torchvision.models.get_model(name, weights=None).eval()
+    net.fc = nn.Identity()
+    expected = net(Normalize()(pictures(2)))
+    assert tower.width == width == expected.shape[1]
+    torch.testing.assert_close(tower(pictures(2)), expected)
+    sides, x = [], torch.rand(1, 3, 64, 64)
+    for block in tower:
+        x = block(x)
+        sides.append(x.shape[-1])
+    assert sides[1] == 16 and sides[-2:] == [2, width]  # a quarter, ..., a 32nd, the mean
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_projections(head):
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    project = HEADS[head](24, 16, 0.5)
+    features = torch.randn(10, 24, generator=generator) * 3 + 1
+    assert project.train()(features).shape == (10, 16)
+    assert not torch.equal(project(features), project(features))  # dropout
+    project.eval()
+    assert torch.equal(project(features), project(features))
+    torch.testing.assert_close(project(features)[3:4], project(features[3:4]))
+
+
+def test_the_assignments_projection_is_one_matrix():
+    model = small_model()
+    assert {name for name, _ in model.image_projection.named_parameters()} == {"weight"}
+    features = torch.randn(4, 512)
+    expected = features @ model.image_projection.weight.T
+    torch.testing.assert_close(model.image_projection.eval()(features), expected)
 
 
 # ------------------------------------------------------------------------------ temperature
 
 
-def test_scale_starts_at_the_papers_value():
-    model = build()
-    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+def test_scale_is_the_inverse_of_the_temperature():
+    model = small_model()
+    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))  # as in the paper
     assert model.scale().item() == pytest.approx(1 / 0.07)
-    assert build(temperature=0.5).scale().item() == pytest.approx(2)
-
-
-def test_scale_is_at_most_100_and_can_fall_again():
-    model = build()
-    for value in (math.log(100), 5.0, 50.0, 1e30):
-        with torch.no_grad():
-            model.logit_scale.fill_(value)
-        assert model.scale().item() == pytest.approx(100, rel=1e-5)
-    with torch.no_grad():
-        model.logit_scale.fill_(9.0).clamp_(max=math.log(CLIP.MAX_SCALE))  # as train.py does
-    # Each image's own text is its worst match, so that a smaller scale makes the loss smaller.
-    same = torch.eye(4)
-    info_nce(same, same.roll(1, 0), model.scale()).backward()
-    assert model.logit_scale.grad.item() == pytest.approx(100, rel=1e-3)
+    assert small_model(temperature=0.5).scale().item() == pytest.approx(2)
 
 
 def test_a_fixed_temperature_has_no_gradient():
-    model = build(fixed_temperature=True)
+    model = small_model(fixed_temperature=True)
     images, texts, scale = model(pictures(4), torch.tensor([text(i) for i in range(4, 8)]))
     info_nce(images, texts, scale).backward()
     assert model.logit_scale.grad is None and not model.logit_scale.requires_grad
     assert model.text_projection.weight.grad.abs().sum() > 0
-    learned = build()
+    learned = small_model()
     info_nce(images.detach(), texts.detach(), learned.scale()).backward()
     assert learned.logit_scale.grad.abs() > 0
 
@@ -218,97 +205,81 @@ def test_a_fixed_temperature_has_no_gradient():
 
 
 def test_a_frozen_tower_stays_in_eval_mode():
-    model = build()
-    model.image_tower.requires_grad_(False)
+    model = small_model()
+    hold_back(model.image_tower, 0)
     model.train()
-    norm = model.image_tower.bn1
-    before = norm.running_mean.clone(), norm.num_batches_tracked.clone()
+    norms = [m for m in model.image_tower.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [norm.running_mean.clone() for norm in norms]
     model.encode_image(pictures(8))
-    assert torch.equal(norm.running_mean, before[0])
-    assert torch.equal(norm.num_batches_tracked, before[1])
-    assert not model.image_tower.training and not norm.training
+    assert all(torch.equal(n.running_mean, b) for n, b in zip(norms, before, strict=True))
+    assert not any(module.training for module in (model.image_tower, *norms))
     assert model.training and model.text_tower.training
-    model.image_tower.requires_grad_(True)
+    hold_back(model.image_tower, ALL)
     model.train()
     model.encode_image(pictures(8))
-    assert norm.training and not torch.equal(norm.running_mean, before[0])
+    assert not any(torch.equal(n.running_mean, b) for n, b in zip(norms, before, strict=True))
     assert not any(module.training for module in model.eval().modules())
 
 
+@pytest.mark.parametrize("count", [0, 1, 3, 8, 9, 10, ALL])
+def test_the_last_blocks_of_a_resnet_learn(count):
+    """resnet18: a stem and eight blocks have weights; pixels and pooling have none."""
+    tower = small_model().image_tower
+    hold_back(tower, count)
+    learns = [{w.requires_grad for w in block.parameters()} for block in tower]
+    learns = [states for states in learns if states]
+    assert learns == [{False}] * max(0, 9 - count) + [{True}] * min(9, count)
+
+
+@pytest.mark.parametrize(("tower", "blocks"), [("transformer", 3), ("lstm", 2), ("bag", 1)])
+def test_the_last_blocks_of_a_text_tower_learn(tower, blocks):
+    tower = small_model(text_tower=tower).text_tower
+    assert len(tower.blocks()) == blocks
+    in_blocks = [id(weight) for block in tower.blocks() for weight in block.parameters()]
+    assert len(set(in_blocks)) == len(in_blocks)
+    beside = [weight for weight in tower.parameters() if id(weight) not in set(in_blocks)]
+    for count in range(blocks + 1):
+        hold_back(tower, count)
+        for place, block in enumerate(tower.blocks()):
+            expected = place >= blocks - count
+            assert {weight.requires_grad for weight in block.parameters()} == {expected}
+        assert all(weight.requires_grad == (count == blocks) for weight in beside)
+
+
 def test_a_wholly_frozen_model():
-    model = build().requires_grad_(False)
+    model = small_model().requires_grad_(False)
     for mode in (True, False):
         model.train(mode)
-        assert not any(
-            m.training for m in model.modules() if m is not model and list(m.parameters())
-        )
+        weighty = [m for m in model.modules() if m is not model and list(m.parameters())]
+        assert not any(module.training for module in weighty)
 
 
 def test_weights_are_a_function_of_the_seed_alone():
     torch.manual_seed(1)
-    wanted = torch.rand(3)
+    expected = torch.rand(3)
     torch.manual_seed(1)
-    first = build(seed=4).state_dict()
-    assert torch.equal(torch.rand(3), wanted)  # torch's own generator was not disturbed
+    first = small_model(seed=4).state_dict()
+    assert torch.equal(torch.rand(3), expected)  # torch's own generator was not disturbed
     torch.manual_seed(2)
-    second, other = build(seed=4).state_dict(), build(seed=5).state_dict()
+    second, other = small_model(seed=4).state_dict(), small_model(seed=5).state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
-    for key in ("text_tower.words.weight", "image_tower.conv1.weight", "image_projection.weight"):
-        assert not torch.equal(first[key], other[key])
+    random = [key for key, value in first.items() if value.ndim >= 2]
+    assert len(random) > 20
+    assert not any(torch.equal(first[key], other[key]) for key in random)
 
 
-# ----------------------------------------------------------------------------- image weights
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
-    torch.save(torchvision.models.resnet18(weights=None).state_dict(), path)
-    return path
-
-
-def test_image_weights_from_a_file(weights):
-    state = torch.load(weights, weights_only=True)
-    tower = build(image_weights=str(weights)).image_tower
-    for key in ("conv1.weight", "layer4.1.conv2.weight", "bn1.running_var"):
-        assert torch.equal(tower.state_dict()[key], state[key])
-
-
-def test_image_weights_that_do_not_fit(weights, tmp_path):
-    with pytest.raises(UserError, match="not those of a resnet50"):
-        build(image_weights=str(weights), image_tower="resnet50")
-    with pytest.raises(UserError, match="--image-weights none"):
-        build(image_weights=str(weights), stem="small")
-    (tmp_path / "text").write_text("not weights at all")
-    (tmp_path / "empty").touch()
-    (tmp_path / "cut").write_bytes(weights.read_bytes()[:100_000])
-    for name in ("text", "empty", "cut", "missing", "."):
-        with pytest.raises(UserError, match="cannot be read"):
-            build(image_weights=str(tmp_path / name))
-    for name, content in {
-        "wrapped": {"state_dict": {"conv1.weight": torch.ones(2)}},
-        "list": [1, 2],
-        "numbers": {1: 2},
-        "tensor": torch.ones(3),
-    }.items():
-        torch.save(content, tmp_path / name)
-        with pytest.raises(UserError, match="are not those of a resnet18"):
-            build(image_weights=str(tmp_path / name))
-
-
-@pytest.mark.parametrize(
-    "error",
-    [urllib.error.URLError(OSError(-2, "Name or service not known")), TimeoutError("timed out")],
-)
-def test_imagenet_weights_without_a_network(error, monkeypatch, tmp_path):
-    def refuse(*_given, **_options):
-        raise error
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.hub.urlopen", refuse)
-    with pytest.raises(UserError, match="--image-weights PATH") as told:
-        build(image_weights="imagenet")
-    assert "\n" not in str(told.value)
+def test_a_model_above_other_towers_shares_the_weights():
+    model = small_model(head="mlp").eval()
+    model.autocast = torch.bfloat16
+    above = model.above(model.image_tower[5:], nn.Identity()).eval()
+    features, texts = model.image_tower[:5](pictures(2)), torch.tensor([text(5), text(6)])
+    torch.testing.assert_close(above.encode_image(features), model.encode_image(pictures(2)))
+    expected = model.encode_text(texts)
+    torch.testing.assert_close(above.encode_text(model.text_tower(texts)), expected)
+    assert above.transform == model.transform and above.autocast == model.autocast
+    with torch.no_grad():
+        above.image_projection.linear.weight.zero_()
+    assert (model.image_projection.linear.weight == 0).all()
 
 
 # ---------------------------------------------------------------------- device and precision
@@ -322,6 +293,7 @@ def test_choose_device(monkeypatch):
     for name in ("cuda", "mps"):
         with pytest.raises(UserError, match=f"--device {name}"):
             choose_device(name)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # and is unset again
     torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     try:
@@ -333,39 +305,53 @@ def test_choose_device(monkeypatch):
         torch.backends.cuda.enable_mem_efficient_sdp(True)
 
 
+def test_choose_precision(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    with pytest.raises(UserError, match="--precision fp16 needs a GPU"):
+        choose_precision("fp16", cpu)
+    assert choose_precision("bf16", cpu) == "bf16" and choose_precision("fp16", cuda) == "fp16"
+    for native, expected in ((True, "bf16"), (False, "fp32")):
+        for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, test, lambda native=native: native, raising=False)
+        assert choose_precision("auto", cpu) == expected
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda native=native: native)
+        assert choose_precision("auto", cuda) == ("bf16" if native else "fp16")
+    assert choose_precision("auto", torch.device("mps")) == "fp32"
+
+
 @pytest.mark.parametrize("tower", ["transformer", "lstm"])
 def test_autocast_lowers_the_precision_in_training_only(tower):
-    model = build(text_tower=tower, dropout=0.0)
+    model = small_model(text_tower=tower, dropout=0.0)
     images, tokens = pictures(6), torch.tensor([text(i, i + 1, length=6) for i in range(4, 10)])
 
     def embed() -> list[torch.Tensor]:
-        return [made.detach() for made in model(images, tokens)[:2]]
+        return [embeddings.detach() for embeddings in model(images, tokens)[:2]]
 
     model.train()
     exact = embed()
     model.autocast = torch.bfloat16
-    for kind, lower, wanted in zip(("resnet18", tower), embed(), exact, strict=True):
+    for kind, lower, expected in zip(("resnet18", tower), embed(), exact, strict=True):
         # An LSTM on a CPU stays in float32.
-        assert lower.dtype == torch.float32 and torch.equal(lower, wanted) == (kind == "lstm")
+        assert lower.dtype == torch.float32 and torch.equal(lower, expected) == (kind == "lstm")
         torch.testing.assert_close(lower.norm(dim=1), torch.ones(6))
-        assert (lower * wanted).sum(1).min() > 0.995
+        assert (lower * expected).sum(1).min() > 0.995
     model.eval()
-    lower = embed()
+    in_evaluation = embed()
     model.autocast = None
-    for made, wanted in zip(lower, embed(), strict=True):
-        assert torch.equal(made, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(in_evaluation, embed(), strict=True))
 
 
 # ------------------------------------------------------------------------------- checkpoints
 
 
-def content() -> dict:
-    made = config()
+def content(**flags: object) -> dict:
+    """What a checkpoint of train.py holds of a model."""
+    options, model = small_options(**flags), small_model(**flags)
     return {
-        "config": made,
-        "transform": image_transform(made),
-        "vocabulary": TOKENIZER.vocabulary,
-        "model": build().state_dict(),
+        "config": config_of(options),
+        "transform": model.transform,
+        "vocabulary": model.tokenizer.vocabulary,
+        "model": model.state_dict(),
     }
 
 
@@ -376,81 +362,91 @@ def checkpoint(tmp_path_factory) -> Path:
     return path
 
 
-def refused(path: Path) -> str:
-    with pytest.raises(UserError) as told:
+def refusal(path: Path) -> str:
+    with pytest.raises(UserError) as error:
         load_checkpoint(path)
-    message = str(told.value)
+    message = str(error.value)
     assert "\n" not in message and path.name in message
     return message
 
 
 def test_checkpoint_round_trip(checkpoint):
     loaded = load_checkpoint(checkpoint)
-    assert loaded["config"] == config() and loaded["versions"]["torch"] == torch.__version__
+    assert loaded["config"] == config_of(small_options())
+    assert loaded["versions"]["torch"] == torch.__version__
     assert torch.load(checkpoint, weights_only=True).keys() == loaded.keys()
     model = model_from_checkpoint(loaded, checkpoint)
-    assert model.tokenizer.vocabulary == TOKENIZER.vocabulary
+    assert model.tokenizer.vocabulary == [*Tokenizer.SPECIAL, *WORDS]
     assert model.tokenizer.max_tokens == 40 and model.transform == loaded["transform"]
-    original, tokens = build().eval(), torch.tensor([text(5, 6)])
+    original, tokens = small_model().eval(), torch.tensor([text(5, 6)])
     assert torch.equal(model.eval().encode_text(tokens), original.encode_text(tokens))
     assert torch.equal(model.encode_image(pictures(2)), original.encode_image(pictures(2)))
 
 
-def test_side_by_side_is_the_mean_of_the_cosines(tmp_path):
-    flags = {"image_tower": "resnet18+resnet50", "text_tower": "bag", "train_text": "0"}
-    model, tokens = build(**flags).eval(), torch.tensor([text(5, 6), text(7, 8)])
-    views, alone = [pictures(3), pictures(3).flip(3)], []
-    for member in model.members:
-        mean = sum(member.encode_image(view) for view in views)
-        alone.append(mean / mean.norm(dim=1, keepdim=True) @ member.encode_text(tokens).T)
-    for trained in (1, 2):
-        model.trained.fill_(trained)
-        images, texts = model.encode_views(views), model.encode_text(tokens)
-        assert images.shape == (3, model.embed_dim) and texts.shape == (2, 16 * trained)
-        np.testing.assert_allclose(images.norm(dim=1).detach(), 1, atol=1e-6)
-        wanted = sum(alone[:trained]) / trained
-        np.testing.assert_allclose((images @ texts.T).detach(), wanted.detach(), atol=1e-6)
-    made = config(**flags)
-    told = {"config": made, "transform": image_transform(made), "vocabulary": TOKENIZER.vocabulary}
-    save_checkpoint(tmp_path / "two.pt", {**told, "model": model.state_dict()})
-    again = model_from_checkpoint(load_checkpoint(tmp_path / "two.pt"), tmp_path / "two.pt")
-    assert torch.equal(again.eval().encode_views(views), images)
-    assert torch.equal(again.encode_text(tokens), texts)
+@pytest.mark.parametrize("tower", [name for name, t in TEXT_TOWERS.items() if not t.pretrained])
+def test_every_text_tower_comes_back(tower, tmp_path):
+    flags = {"text_tower": tower, "head": "mlp", "text_head": "identity", "max_tokens": 12}
+    save_checkpoint(tmp_path / "a.pt", content(**flags))
+    model = model_from_checkpoint(load_checkpoint(tmp_path / "a.pt"), tmp_path / "a.pt")
+    tokens = torch.tensor([text(5, 6), text(7, 8)])
+    expected = small_model(**flags).eval().encode_text(tokens)
+    assert torch.equal(model.eval().encode_text(tokens), expected)
 
 
-def test_three_towers_count_alike():
-    parts = [torch.nn.functional.normalize(torch.randn(4, 6), dim=1) for _ in range(3)]
-    twice = side_by_side([side_by_side(parts[:2]), parts[2]])  # as train.py adds one by one
-    torch.testing.assert_close(twice, side_by_side(parts))
-    torch.testing.assert_close(twice @ twice.T, sum(part @ part.T for part in parts) / 3)
+def test_how_a_picture_becomes_the_input():
+    """shapes have 64 pixels; photographs are decoded an eighth larger where they are cropped."""
+    photographs = {"data": "there", "image_size": 96, "test_mirror": True}
+    for flags, expected in (
+        ({"image_size": 32}, (32, 64, False)),
+        ({**photographs, "image_augment": "light"}, (96, 108, True)),
+        ({**photographs, "image_augment": "none"}, (96, 96, True)),
+        ({**photographs, "image_augment": "mirror"}, (96, 96, True)),
+    ):
+        transform = image_transform(small_options(**flags))
+        names = ("image_size", "stored_size", "mirror")
+        assert transform == dict(zip(names, expected, strict=True))
 
 
 def test_image_weights_are_not_looked_for_again(checkpoint):
     loaded = load_checkpoint(checkpoint)
     loaded["config"]["image_weights"] = "/no/longer/here.pth"
-    model_from_checkpoint(loaded, checkpoint)
+    # Pretrained batch norm is frozen, and counts no batches.
+    model = {key: x for key, x in loaded["model"].items() if "num_batches" not in key}
+    model_from_checkpoint({**loaded, "model": model}, checkpoint)
+
+
+def test_weights_that_fit_are_those_of_another_run(checkpoint, capsys):
+    """--init: towers come over, projections of another width do not."""
+    other = load_checkpoint(checkpoint)
+    model = small_model(embed_dim=8, seed=9)
+    fresh = {key: x.clone() for key, x in model.state_dict().items()}
+    fill_from(model, other, "NAME")
+    for key, value in model.state_dict().items():
+        expected = fresh[key] if "projection" in key else other["model"][key]
+        assert torch.equal(value, expected), key
+    out = capsys.readouterr().out
+    assert "NAME" in out and "fresh ones in image_projection, text_projection" in out
+    with pytest.raises(UserError, match="none of its weights fits"):
+        fill_from(nn.Linear(3, 5), other, "NAME")
 
 
 def test_copy_holds_the_same_bytes(tmp_path):
     save_checkpoint(tmp_path / "last.pt", {"epoch": 1}, copy=tmp_path / "best.pt")
     assert (tmp_path / "last.pt").read_bytes() == (tmp_path / "best.pt").read_bytes()
-    assert load_checkpoint(tmp_path / "best.pt")["epoch"] == 1
     save_checkpoint(tmp_path / "last.pt", {"epoch": 2})
-    assert [load_checkpoint(tmp_path / f"{name}.pt")["epoch"] for name in ("last", "best")] == [
-        2,
-        1,
-    ]
+    epochs = [load_checkpoint(tmp_path / f"{name}.pt")["epoch"] for name in ("last", "best")]
+    assert epochs == [2, 1]
 
 
 @pytest.mark.parametrize(
-    ("error", "wanted"),
+    ("error", "raised"),
     [
         (RuntimeError("PytorchStreamWriter failed writing file"), UserError),
         (OSError(28, "No space left on device"), UserError),
         (KeyboardInterrupt(), KeyboardInterrupt),
     ],
 )
-def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch, error, wanted):
+def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch, error, raised):
     path, copy = tmp_path / "last.pt", tmp_path / "best.pt"
     save_checkpoint(path, {"epoch": 1}, copy=copy)
 
@@ -459,7 +455,7 @@ def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch, error, wanted
         raise error
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(wanted):
+    with pytest.raises(raised):
         save_checkpoint(path, {"epoch": 2}, copy=copy)
     assert listed(tmp_path) == ["best.pt", "last.pt"]
     assert load_checkpoint(path)["epoch"] == load_checkpoint(copy)["epoch"] == 1
@@ -469,7 +465,7 @@ def test_a_failing_copy_leaves_both_old_files(tmp_path, monkeypatch):
     path, copy = tmp_path / "last.pt", tmp_path / "best.pt"
     save_checkpoint(path, {"epoch": 1}, copy=copy)
 
-    def full(*_given: object) -> None:
+    def full(*_files: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("shutil.copyfile", full)
@@ -483,8 +479,8 @@ def test_a_failing_copy_leaves_both_old_files(tmp_path, monkeypatch):
 def test_a_truncated_checkpoint(checkpoint, tmp_path, share):
     data = checkpoint.read_bytes()
     (tmp_path / "cut.pt").write_bytes(data[: int(share * len(data))])
-    told = refused(tmp_path / "cut.pt")
-    assert "or a damaged one" in told or "cannot read the checkpoint" in told
+    message = refusal(tmp_path / "cut.pt")
+    assert "or a damaged one" in message or "cannot read the checkpoint" in message
 
 
 class Evil:
@@ -498,29 +494,30 @@ class Evil:
 def test_files_of_other_kinds(tmp_path):
     path = tmp_path / "other.pt"
     path.write_text("hello\nworld\n")
-    assert "not a checkpoint" in refused(path)
-    for content in (Evil(), nn.Linear(2, 2)):
-        for save in (torch.save, lambda made, place: place.write_bytes(pickle.dumps(made))):
-            save(content, path)
-            assert "not a checkpoint" in refused(path)
+    assert "not a checkpoint" in refusal(path)
+    for thing in (Evil(), nn.Linear(2, 2)):
+        for save in (torch.save, lambda thing, place: place.write_bytes(pickle.dumps(thing))):
+            save(thing, path)
+            assert "not a checkpoint" in refusal(path)
     assert not Evil.ran
-    np.savez(path.open("wb"), a=np.ones(3))
-    assert "not a checkpoint" in refused(path)
-    for content in ({"model": {}}, {"format": torch.ones(2)}, [1, 2], torch.ones(2)):
-        torch.save(content, path)
-        assert "another program" in refused(path)
+    with path.open("wb") as file:
+        np.savez(file, a=np.ones(3))
+    assert "not a checkpoint" in refusal(path)
+    for thing in ({"model": {}}, {"format": torch.ones(2)}, [1, 2], torch.ones(2)):
+        torch.save(thing, path)
+        assert "another program" in refusal(path)
 
 
 def test_another_version_of_checkpoints(tmp_path):
     path = tmp_path / "newer.pt"
-    for made, told in (({"version": 99}, "version 99"), ({}, "version None")):
-        torch.save({"format": models.FORMAT, **made}, path)
-        assert told in refused(path)
+    for fields, message in (({"version": 99}, "version 99"), ({}, "version None")):
+        torch.save({"format": FORMAT, **fields}, path)
+        assert message in refusal(path)
 
 
 def test_a_folder_or_a_missing_file(tmp_path):
-    assert "is a folder" in refused(tmp_path)
-    assert "No such file" in refused(tmp_path / "missing.pt")
+    assert "is a folder" in refusal(tmp_path)
+    assert "No such file" in refusal(tmp_path / "missing.pt")
 
 
 def test_a_damaged_legacy_file(tmp_path):
@@ -530,21 +527,27 @@ def test_a_damaged_legacy_file(tmp_path):
     data = path.read_bytes()
     for end in range(0, len(data), 5):
         path.write_bytes(data[:end])
-        refused(path)
+        refusal(path)
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"config": {}},
-        {"config": {**config(), "image_tower": "resnet34"}},
-        {"config": {**config(), "embed_dim": 8}},
+        {"config": {"image_tower": "resnet34"}},
+        {"config": {"embed_dim": 8}},
         {"vocabulary": ["a"]},
         {"model": {}},
-        {"transform": {}},
+        {"transform": None},
     ],
 )
 def test_a_checkpoint_of_another_model(checkpoint, change):
-    with pytest.raises(UserError, match="holds another model") as told:
-        model_from_checkpoint({**load_checkpoint(checkpoint), **change}, checkpoint)
-    assert "\n" not in str(told.value)
+    loaded = load_checkpoint(checkpoint)
+    if change.get("config"):
+        change = {"config": {**loaded["config"], **change["config"]}}
+    if change == {"transform": None}:
+        del loaded["transform"]
+        change = {}
+    with pytest.raises(UserError, match="holds another model") as error:
+        model_from_checkpoint({**loaded, **change}, checkpoint)
+    assert "\n" not in str(error.value)

@@ -1,11 +1,13 @@
 """Film posters and introductions: the layout, the words on posters, training, generalisation."""
 
+import contextlib
 import copy
 import csv
 import json
 import math
 import os
 import shutil
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,13 +20,14 @@ from PIL import Image
 from torch import nn
 
 import evaluate
+import posters.figures
+import support.figures
 import train
 import visualize
 from dataset import load_dataset
 from loss import info_nce
 from posters import films as films_data
 from posters import genres, report, words
-from posters.figures import draw_genres
 from posters.films import plain_title, without_title
 from posters.head import PosterHead
 from sources import layouts
@@ -248,14 +251,24 @@ def test_fewer_candidates_are_easier():
 def test_a_test_film_that_was_trained_on_is_not_held_out(films, load):
     data = load(films)
     tests = np.unique(data.caption_image[data.labels == "test"])
-    seen = {"a run": [data.names[tests[0]], data.digests[tests[1]]]}  # by name, by content
-    trained = SimpleNamespace(contents=[{"train_images": seen}], content={"train_images": seen})
+    seen = {"names": [data.names[tests[0]]], "digests": [data.digests[tests[1]]]}
+    trained = SimpleNamespace(contents=[{"train_images": seen}])
     pool, labels = report.all_films(trained, data, evaluate)
     rows = pool.pairs("film").rows
     assert rows.tolist() == list(range(40))
     assert rows[labels == "test"].tolist() == tests[2:].tolist()
     assert rows[labels == "train"].tolist() == tests[:2].tolist()
     assert (labels == "dev").sum() == 40 - len(tests)  # in neither group
+
+
+def test_a_film_counts_once_with_its_first_introduction(films, load):
+    rewrite(films, lambda rows: [*rows, ["12", rows[2][1], "Another introduction.", ""]])
+    data = load(films)
+    trained = SimpleNamespace(contents=[{"train_images": {"names": [], "digests": []}}])
+    pairs = report.all_films(trained, data, evaluate)[0].pairs("film")
+    row = data.names.index("12.jpg")
+    assert len(data.captions) == 41 and len(pairs) == len(pairs.rows) == 40
+    assert pairs.captions[pairs.rows.tolist().index(row)] == film(2)[2]
 
 
 # ------------------------------------------------------------------------------- genres
@@ -287,7 +300,9 @@ def test_soft_positives_against_plain_loops(smoothing):
     ids = torch.tensor([4, 1, 0, 3, 2, 4, 0])
     images, texts = torch.randn(2, 7, 8, generator=random, dtype=torch.float64)
     images = images[torch.tensor([0, 1, 2, 3, 4, 0, 2])]  # two captions of films 4 and 0
-    loss = genres.GenreInfoNCE(torch.from_numpy(genres.genre_table(KINDS)[1]), 0.3, smoothing)
+    films = [layouts.Row("", "", genres=kinds) for kinds in KINDS]
+    options = Namespace(soft_share=0.3, label_smoothing=smoothing)
+    loss = genres.build(options, SimpleNamespace(dataset=SimpleNamespace(records=films)))
     total = 0.0
     for rows in (2.5 * images @ texts.T, 2.5 * texts @ images.T):
         for i, row in enumerate(rows.tolist()):
@@ -423,6 +438,23 @@ def test_hidden_words_are_the_mean_colour():
     assert (hidden == pixels).all() and words.hide_words(pixels, []) is not pixels
 
 
+def test_posters_without_words_are_what_the_model_sees(read, load):
+    """The titles stand in the middle of the posters: there, and there alone, pixels change."""
+    cache, paths, lines = read
+    data = load(paths[0].parents[1])
+    digests = [data.digests[data.names.index(path.name)] for path in paths]
+    words.read_words(paths, digests, cache, 1)
+    trained = SimpleNamespace(embed_pixels=lambda pixels_at: pixels_at(64))
+    rows, options = np.array([3, 1]), Namespace(cache=cache, workers=0)
+    hidden = report.embed_without_words(trained, data, rows, options)
+    shown = data.at_size(64, cache, 0).pixels[rows]
+    changed = (hidden != shown).any((0, 2, 3))
+    assert changed[28:40].any() and not changed[:24].any() and not changed[46:].any()
+    for row, pixels, picture in zip(rows, hidden, shown, strict=True):
+        found = lines[[path.name for path in paths].index(data.names[row])]
+        assert (pixels == words.hide_words(picture, found)).all()
+
+
 def test_the_head_against_plain_loops():
     """Features of 3 pictures, of which one has no words and one has two readings."""
     torch.manual_seed(0)
@@ -444,7 +476,7 @@ def test_the_head_against_plain_loops():
     linear, share = texts[1], 1 / (1 + math.exp(-1))
     for row, there in enumerate((range(count), (), (0, 1))):
         picture = pictures[row] / pictures[row].norm()
-        scores = [float(head.weigh.weight[0] @ readings[row, r] + head.place[r]) for r in there]
+        scores = [(head.weigh.weight[0] @ readings[row, r] + head.place[r]).item() for r in there]
         total = sum(map(math.exp, scores))
         said = torch.zeros(6)
         for r, score in zip(there, scores, strict=True):
@@ -518,14 +550,45 @@ def test_evaluate_prints_and_writes_the_table(trained, tmp_path, capsys):
     assert protocol["checkpoint"] == str(run / "best.pt") and protocol["split_by_caption"] is False
 
 
-def test_visualize_draws_films(trained, tmp_path):
+def test_visualize_draws_films(trained, tmp_path, monkeypatch):
     data, run, cache = trained
-    flags = ["--data", data, "--cache", cache, "--workers", 0, "--out", tmp_path, "--queries", 2]
-    call(visualize, run / "best.pt", *flags)
+    shown = {}
+
+    @contextlib.contextmanager
+    def canvas(path, width, height, title, footer):
+        with support.figures.canvas(path, width, height, title, footer) as drawn:
+            yield drawn
+        shown[path.stem] = drawn[0], title, footer
+
+    monkeypatch.setattr(posters.figures, "canvas", canvas)
+    flags = ["--data", data, "--cache", cache, "--workers", 0]
+    call(visualize, run / "best.pt", *flags, "--out", tmp_path, "--queries", 2)
     drawn = {path.name for path in tmp_path.iterdir()}
     assert {"distances.png", "generalisation.png", "grid_text_to_image.png"} <= drawn
+    gap, _, footer = shown["generalisation"]
+    with (run / "history.csv").open() as file:
+        history = list(csv.DictReader(file))
+    for axes, way in zip(gap.axes, ("t2i", "i2t"), strict=True):
+        for line, key in zip(axes.lines, (f"train_top1_{way}", f"top1_{way}"), strict=False):
+            assert line.get_ydata() == pytest.approx([float(record[key]) for record in history])
+        assert axes.lines[2].get_ydata()[0] == 100 / 4  # chance among 4 films
+    assert footer.startswith("checkpoint run/best.pt")
+    files = ["--split", "test", "--save-embeddings", tmp_path / "e.npz"]
+    call(evaluate, run / "best.pt", *flags, *files)
+    saved = np.load(tmp_path / "e.npz")
+    tests = [f"{10 + n}.{'png' if n % 5 == 4 else 'jpg'}" for n in range(60) if n % 3 == 2]
+    rows = [saved["image_names"].tolist().index(name) for name in sorted(tests)]
+    matrix = -saved["image_embeddings"][rows] @ saved["text_embeddings"][rows].T
+    figure, title, _ = shown["distances"]
+    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), matrix, atol=1e-5)
+    assert f"mean {matrix.diagonal().mean():.3f} on the diagonal" in title
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names[0].startswith(plain_title(film(int(sorted(tests)[0][:2]) - 10)[1])[:12])
+
+
+def test_genres_are_drawn(tmp_path):
     recalls = {"Drama": {"films": 12, "dim0": 10.0, "dim1": 20.0}}
-    draw_genres(tmp_path / "genres.png", recalls, "")
+    posters.figures.draw_genres(tmp_path / "genres.png", recalls, "")
     assert Image.open(tmp_path / "genres.png").size[0] > 500
 
 
@@ -535,7 +598,7 @@ def test_the_originals_towers_from_files_of_their_format(name, tmp_path, capsys)
     pytest.importorskip("transformers")
     data, file = write_posters(tmp_path / "films", 24), tmp_path / "image.pth"
     torch.save(torchvision.models.get_model(name, weights=None).state_dict(), file)
-    flags = [*TINY, "--image-tower", name, "--image-weights", file, "--image-augment", "mirror"]
+    flags = [*TINY, "--image-tower", name, "--image-weights", file]
     flags += ["--text-tower", "bert", "--text-weights", write_bert(tmp_path / "bert")]
     flags += ["--temperature", 0.368, "--epochs", 1, "--max-tokens", 24, "--data", data]
     call(train, *flags, "--cache", tmp_path / "cache", "--out", tmp_path / "run")
@@ -561,6 +624,30 @@ def test_poster_text_needs_a_frozen_text_tower(films, tmp_path):
         call(train, *TINY, "--data", films, "--out", tmp_path, "--poster-text")
 
 
+@torch.inference_mode()
+def check_embeddings(path: Path, data: Path, cache: Path) -> None:
+    """Dev's, by evaluate.py, against the parts of the model called one by one, in float32."""
+    trained = evaluate.load_trained([path], "cpu")
+    dataset, where = (
+        load_dataset(str(data), size=32, cache=cache),
+        Namespace(cache=cache, workers=0),
+    )
+    embedded = evaluate.evaluate_trained(trained, dataset, "dev", where)
+    (model,) = trained.members
+    assert not any(module.training for module in model.modules())
+    options = Namespace(**{**vars(trained.options), **vars(where), "precision": "fp32"})
+    readings = torch.from_numpy(words.reading_features(model, dataset, options)).float()
+    assert not np.array_equal(embedded.pairs.rows, np.arange(len(embedded.pairs.rows)))
+    for row, embedding in zip(embedded.pairs.rows, embedded.image_embeddings, strict=True):
+        picture = torch.tensor(dataset.pixels[row : row + 1]).permute(0, 3, 1, 2) / 255
+        views = []
+        for view in (picture, picture.flip(3)):
+            features = torch.cat([model.image_tower(view), readings[row].reshape(1, -1)], 1)
+            views.append(nn.functional.normalize(model.image_projection(features)))
+        mean = nn.functional.normalize(sum(views))
+        torch.testing.assert_close(torch.from_numpy(embedding), mean[0], atol=2e-4, rtol=0)
+
+
 def test_training_with_poster_text(tmp_path, capsys):
     """MiniLM reads the titles, which stand in the introductions: even untrained films match."""
     pytest.importorskip("rapidocr_onnxruntime")
@@ -569,7 +656,7 @@ def test_training_with_poster_text(tmp_path, capsys):
     where = ["--data", data, "--cache", cache, "--workers", 2]
     flags = [*TINY, "--image-tower", "efficientnet_lite0", "--text-tower", "minilm"]
     flags += ["--poster-text", "--text-head", "identity", "--embed-dim", 384, "--epochs", 1]
-    flags += ["--image-augment", "mirror", "--test-mirror", "--titles", "keep"]
+    flags += ["--test-mirror", "--titles", "keep", "--precision", "bf16", "--image-dropout", 0.5]
     call(train, *flags, *where, "--out", tmp_path / "run")
     assert "lines on 48 of 48 pictures" in capsys.readouterr().out
     files = ["--json", tmp_path / "j", "--save-embeddings", tmp_path / "e.npz"]
@@ -581,6 +668,7 @@ def test_training_with_poster_text(tmp_path, capsys):
     assert "their words painted over" in capsys.readouterr().out
     lengths = np.linalg.norm(np.load(tmp_path / "e.npz")["image_embeddings"], axis=1)
     np.testing.assert_allclose(lengths, 1, atol=1e-5)
+    check_embeddings(tmp_path / "run/best.pt", data, cache)
     call(train, "--resume", tmp_path / "run", "--epochs", 2, "--cache", cache)
     (file,) = cache.glob("words-*.jsonl")
     file.write_text(file.read_text().replace("he", "ox").replace("HE", "OX"))

@@ -1,7 +1,6 @@
 """The figures: the pictures shown are those found, and odd data cannot spoil a drawing."""
 
 import csv
-import itertools
 import shutil
 import warnings
 from pathlib import Path
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 from conftest import TINY, caption, names, photo
 from PIL import Image
-from scipy import ndimage
 
 import evaluate
 import train
@@ -20,7 +18,6 @@ from evaluate import retrieval_metrics, retrieval_ranks
 from support import figures
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command import UserError
-from support.embedding import load_trained
 
 COUNT = 24
 ODD = ("costs $5 or $\\alpha_{", "a dog \U0001f415 \x07\x1b[31m 犬", "x" * 300)
@@ -44,27 +41,6 @@ def no_warnings():
         yield
 
 
-def write_data(folder: Path, pictures: list[Image.Image], odd: bool) -> Path:
-    """Pictures as PNG in Kaggle's layout, with three captions each, the last of them odd or not."""
-    (folder / "images").mkdir(parents=True)
-    with (folder / "captions.txt").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "caption"])
-        for i, name in enumerate(names(len(pictures))):
-            name = name.replace("jpg", "png")
-            pictures[i].save(folder / "images" / name)
-            writer.writerows([name, caption(i, k)] for k in range(2))
-            writer.writerow([name, ODD[i % 3] if odd else caption(i, 2)])
-    return folder
-
-
-def run_of(data: Path, out: Path, cache: Path, *words: object) -> Path:
-    """The best.pt of a run of two epochs."""
-    fixed = ["--data", data, "--out", out, "--cache", cache, "--epochs", 2, *TINY]
-    assert train.main([str(word) for word in [*fixed, *words]]) == 0
-    return out / "best.pt"
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
@@ -72,13 +48,22 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory, cache) -> Path:
-    """A checkpoint of a run on photographs of several proportions, a split by caption by name."""
-    photos = [photo(i, (48, 30) if i % 2 else (30, 48)) for i in range(COUNT)]
-    data = write_data(tmp_path_factory.mktemp("odd") / "data", photos, odd=True)
-    path = run_of(data, tmp_path_factory.mktemp("runs") / "odd", cache)
-    content = load_checkpoint(path)
-    save_checkpoint(path, {**content, "split_by_caption": True})
-    return path
+    """The best.pt of a run on photographs of two proportions, every third caption an odd one."""
+    data = tmp_path_factory.mktemp("odd") / "data"
+    (data / "images").mkdir(parents=True)
+    with (data / "captions.txt").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption"])
+        for i, name in enumerate(names(COUNT)):
+            photo(i, (48, 30) if i % 2 else (30, 48)).save(data / "images" / name)
+            writer.writerows([name, caption(i, k)] for k in range(2))
+            writer.writerow([name, ODD[i % 3]])
+    out = tmp_path_factory.mktemp("runs") / "odd"
+    words = ["--data", data, "--out", out, "--cache", cache, "--epochs", 2, *TINY]
+    assert train.main([str(word) for word in words]) == 0
+    content = load_checkpoint(out / "best.pt")
+    save_checkpoint(out / "best.pt", {**content, "split_by_caption": True})
+    return out / "best.pt"
 
 
 @pytest.fixture
@@ -158,28 +143,41 @@ def test_figures_stand_beside_the_checkpoint(model_file, tmp_path, cache, monkey
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
-def test_curves_are_those_of_the_whole_run(model_file, draw, monkeypatch, tmp_path):
+def test_curves_are_those_of_the_whole_run(model_file, tmp_path):
     """best.pt ends with its best epoch; last.pt, of the same run only, knows the rest."""
-    drawn = []
-    monkeypatch.setattr(visualize, "draw_curves", lambda history, *_: drawn.append(history))
-    monkeypatch.setattr(visualize, "draw_tsne", lambda *_: None)
-    draw("--split", "dev")
-    (tmp_path / "run").mkdir()
     content = load_checkpoint(model_file)
-    first = {**content, "history": content["history"][:1]}
-    save_checkpoint(tmp_path / "run" / "best.pt", first)
-    visualize_main = [str(tmp_path / "run" / "best.pt"), "--device", "cpu", "--workers", "0"]
-    visualize.main(visualize_main)
-    save_checkpoint(tmp_path / "run" / "last.pt", content)
-    visualize.main(visualize_main)
-    content["config"]["seed"] += 1
-    save_checkpoint(tmp_path / "run" / "last.pt", content)
-    visualize.main(visualize_main)
-    assert [len(history) for history in drawn] == [2, 1, len(content["history"]), 1]
+    config, history = content["config"], [{"epoch": i + 1, **RECORD} for i in range(3)]
+    trained = evaluate.Trained(tmp_path / "best.pt", [{**content, "history": history[:2]}], [])
+    assert visualize.whole_history(trained) == history[:2]
+    save_checkpoint(tmp_path / "last.pt", {**content, "history": history})
+    assert visualize.whole_history(trained) == history
+    other = {**content, "config": {**config, "seed": config["seed"] + 1}, "history": history}
+    save_checkpoint(tmp_path / "last.pt", other)
+    assert visualize.whole_history(trained) == history[:2]
+    (tmp_path / "recipe.txt").touch()  # its runs have folders of their own
+    save_checkpoint(tmp_path / "one" / "last.pt", other)
+    save_checkpoint(tmp_path / "two" / "last.pt", {**content, "history": history})
+    assert visualize.whole_history(trained) == history
+
+
+def test_several_checkpoints_stand_side_by_side(model_file, tmp_path, cache, monkeypatch):
+    """A model beside itself finds what it finds alone; the figures stand beside the first."""
+    drawn = []
+    monkeypatch.setattr(visualize, "draw_grid", lambda *words: drawn.append(words))
+    (tmp_path / "twin").mkdir()
+    twin = shutil.copyfile(model_file, tmp_path / "twin" / "best.pt")
+    for paths in ([twin], [twin, model_file]):
+        words = [*paths, "--query", "a red dog", "--cache", cache, "--workers", 0]
+        visualize.main([str(word) for word in words])
+    (path, _, footer, ((_, cells),)), (both_path, _, both, ((_, both_cells),)) = drawn
+    assert path == both_path == tmp_path / "twin" / "figures" / "grid_query.png"
+    assert [cell.note for cell in cells] == [cell.note for cell in both_cells]
+    assert "checkpoint twin/best.pt, epoch" in footer
+    assert "checkpoint twin/best.pt and odd/best.pt, epoch" in both
 
 
 def test_a_pool_smaller_than_top_k_is_said(draw, capsys):
-    assert draw("--split", "dev", "--top-k", 20) == ALL
+    draw("--split", "dev", "--top-k", 20, "--query", "a red dog")
     assert "--top-k 20: there are" in capsys.readouterr().err
 
 
@@ -256,130 +254,6 @@ def test_nothing_half_written_when_drawing_fails(tmp_path):
     ):
         raise RuntimeError
     assert not list(tmp_path.iterdir())
-
-
-# --------------------------------------------- the pictures in a grid are those that were found
-
-PLAIN = [c for c in itertools.product((50, 130, 210), repeat=3) if len(set(c)) > 1]  # no grey
-
-
-def shown(path: Path) -> list[list[int]]:
-    """Which of the pictures, each of one of the PLAIN colours, a grid shows: rows from the top."""
-    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    places = []
-    for i, colour in enumerate(PLAIN):
-        regions, count = ndimage.label((np.abs(pixels - colour) <= 2).all(2))
-        sizes = np.bincount(regions.ravel(), minlength=count + 1)
-        for region in range(1, count + 1):
-            if sizes[region] > 5000:  # not the colour of a frame or of a letter
-                y, x = np.argwhere(regions == region).mean(0)
-                places.append((y, x, i))
-    rows = itertools.groupby(sorted(places), key=lambda place: round(place[0] / 20))
-    return [[i for *_, i in sorted(row, key=lambda place: place[1])] for _, row in rows]
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory, cache) -> tuple[Path, Path]:
-    """A checkpoint of a run on pictures of one colour each, and the folder of those pictures."""
-    pictures = [Image.new("RGB", (40, 40), colour) for colour in PLAIN]
-    data = write_data(tmp_path_factory.mktemp("plain") / "data", pictures, odd=False)
-    return run_of(data, tmp_path_factory.mktemp("runs") / "plain", cache), data / "images"
-
-
-@pytest.fixture
-def plain_figures(plain, tmp_path, cache):
-    """Runs visualize.py on the training split of `plain`; returns {name of a grid: its rows}."""
-
-    def run(*words: object, split: str = "train") -> dict[str, list[list[int]]]:
-        fixed = [plain[0], "--split", split, "--device", "cpu", "--cache", cache, "--workers", 0]
-        visualize.main([str(word) for word in [*fixed, "--out", tmp_path / "out", *words]])
-        return {path.name: shown(path) for path in (tmp_path / "out").glob("grid_*")}
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def saved(plain, tmp_path_factory, cache) -> dict[str, np.ndarray]:
-    """What evaluate.py writes of the same split: embeddings, captions, names as numbers."""
-    file = tmp_path_factory.mktemp("saved") / "embeddings.npz"
-    words = ["--split", "train", "--save-embeddings", file, "--device", "cpu", "--cache", cache]
-    evaluate.main([str(word) for word in [plain[0], *words, "--workers", 0]])
-    with np.load(file) as arrays:
-        content = dict(arrays)
-    content["number"] = np.array([int(name[6:9]) for name in content["image_names"]])
-    content["scores"] = content["text_embeddings"].astype(float) @ content["image_embeddings"].T
-    return content
-
-
-def test_a_grid_shows_the_pictures_found(plain_figures, saved):
-    grids = plain_figures("--queries", 4, "--top-k", 3)
-    pairs = SimpleNamespace(
-        rows=saved["number"], captions=saved["captions"], caption_image=saved["caption_image"]
-    )
-    images, captions = visualize.sample_pairs(pairs, 4, 0)
-    found = []
-    for i in captions:
-        first = np.argsort(-saved["scores"][i], kind="stable")[:3].tolist()
-        true = int(saved["caption_image"][i])
-        found.append(saved["number"][first if true in first else [*first, true]].tolist())
-    assert grids["grid_text_to_image.png"] == found
-    assert any(len(row) == 3 for row in found) or any(len(row) == 4 for row in found)
-    assert grids["grid_image_to_text.png"] == [[i] for i in saved["number"][images].tolist()]
-
-
-def test_the_best_and_the_worst_end_with_their_own_picture(plain_figures, saved):
-    rows = plain_figures()["grid_best_worst.png"]
-    own = saved["scores"][np.arange(len(saved["captions"])), saved["caption_image"]]
-    ranks = (saved["scores"] >= own[:, None] - 1e-12).sum(1)
-    hits = {saved["number"][i] for i in saved["caption_image"][ranks == 1]}
-    best, worst = rows[: min(4, len(hits))], rows[min(4, len(hits)) :]
-    assert {row[0] for row in best} <= hits and all(len(row) == 2 for row in best)
-    worst_of = [ranks[saved["caption_image"] == i].max() for i in range(len(saved["number"]))]
-    fourth = sorted(worst_of)[-4]
-    assert len(worst) == 4
-    for row in worst:
-        assert worst_of[saved["number"].tolist().index(row[-1])] >= fourth
-
-
-@pytest.mark.parametrize("with_folder", [False, True])
-def test_a_search_shows_the_pictures_found(plain, plain_figures, saved, with_folder):
-    queries = ["a red dog above blue ground", "a boat in green over white"]
-    words = [word for query in queries for word in ("--query", query)]
-    grids = plain_figures(*words, *(["--images", plain[1]] if with_folder else []))
-    trained = load_trained([plain[0]], "cpu")
-    if with_folder:  # all pictures, not those of a split alone
-        squares = [Image.new("RGB", (40, 40), colour) for colour in PLAIN]
-        pool = trained.embed_pixels(
-            lambda size: np.stack([np.asarray(square.resize((size, size))) for square in squares])
-        )
-        numbers = np.arange(len(PLAIN))
-    else:
-        pool, numbers = saved["image_embeddings"], saved["number"]
-    scores = trained.embed_texts(queries).astype(float) @ pool.T.astype(float)
-    found = [numbers[np.argsort(-row, kind="stable")[:5]].tolist() for row in scores]
-    assert grids == {"grid_search.png" if with_folder else "grid_query.png": found}
-
-
-def test_two_checkpoints_side_by_side_find_together(plain, tmp_path, cache, capsys):
-    data = plain[1].parent
-    other = run_of(data, tmp_path / "other", cache, "--seed", 1, "--embed-dim", 16)
-    fixed = ["--device", "cpu", "--cache", cache, "--workers", 0, "--out", tmp_path / "out"]
-    query = ["--query", "a red dog", "--split", "train", *fixed]
-    visualize.main([str(word) for word in [plain[0], other, *query]])
-    (found,) = shown(tmp_path / "out" / "grid_query.png")
-    alone = [load_trained([path], "cpu") for path in (plain[0], other)]
-    options = SimpleNamespace(
-        data=None, splits=None, split="train", cache=cache, workers=0, device="cpu"
-    )
-    dataset, pairs = evaluate.load_data_for(alone[0], options)
-    total = np.zeros(len(pairs.rows))
-    for trained in alone:  # a cosine of the whole is the mean of the parts, by width
-        images = evaluate.evaluate_trained(
-            trained, dataset, "train", options
-        ).image_embeddings.astype(float)
-        total += images.shape[1] * (images @ trained.embed_texts(["a red dog"])[0])
-    order = np.argsort(-total, kind="stable")[:5]
-    assert found == [int(dataset.names[row][6:9]) for row in pairs.rows[order]]
 
 
 # ------------------------------------------------------------------------------ the parts

@@ -15,7 +15,6 @@ import evaluate
 from sources.pictures import decode
 from support import zeroshot
 from support.command import UserError
-from support.embedding import load_trained
 from support.zeroshot import ZeroShot, find_pictures, read_templates
 
 
@@ -65,42 +64,6 @@ def test_zero_shot(run, classes, capsys):
     assert found["zero_shot_top1"] == pytest.approx(mean)
     assert found["zero_shot_top1"] <= found["zero_shot_top5"] <= 100
     assert "zero-shot on 18 pictures of 6 classes" in out and "chance 16.7% and 83.3%" in out
-
-
-def test_figures_and_scores_against_a_loop(run, tiny_run, classes, tmp_path):
-    """Each picture and each prompt alone; folders whose order is not that of their names."""
-    for place, name in {"red": "Red", "green": "_green", "black": "Zebra-black"}.items():
-        (classes / place).rename(classes / name)
-    cleaned = {"Red": "red", "_green": "green", "Zebra-black": "zebra black"}
-    templates = tmp_path / "templates.txt"
-    templates.write_text("\ufeffa {} ground\n\n a dog above {} ground.\n", "utf-8")
-    trained = load_trained([tiny_run / "best.pt"], "cpu")
-    vectors = {}
-    for place in sorted(classes.iterdir()):
-        name = cleaned.get(place.name, place.name)
-        prompts = (f"a {name} ground", f"a dog above {name} ground.")
-        mean = np.mean([trained.embed_texts([prompt])[0].astype(float) for prompt in prompts], 0)
-        vectors[name] = mean / math.sqrt(mean @ mean)
-    hits, expected = {name: [] for name in vectors}, []
-    for place, name in zip(sorted(classes.iterdir()), vectors, strict=True):
-        for path in sorted(place.rglob("*.png")):
-            image = trained.embed_pixels(lambda size, path=path: decode(path, size)[None])[0]
-            scores = {key: float(image.astype(float) @ vector) for key, vector in vectors.items()}
-            hits[name].append(sum(score >= scores[name] for score in scores.values()))
-            expected.append((name, list(scores.values())))
-
-    options = Namespace(zero_shot=classes, templates=templates, workers=0)
-    result = zeroshot.zero_shot(trained, options)
-    assert result.classes == list(vectors)
-    assert [result.classes[i] for i in result.truth] == [name for name, _ in expected]
-    np.testing.assert_allclose(result.scores, [scores for _, scores in expected], atol=1e-5)
-
-    found = run(classes, "--templates", templates)
-    ranks = np.concatenate(list(hits.values()))
-    assert found["zero_shot_top1"] == pytest.approx(100 * (ranks <= 1).mean())
-    assert found["zero_shot_top5"] == pytest.approx(100 * (ranks <= 5).mean())
-    per_class = {name: 100 * sum(r <= 1 for r in row) / len(row) for name, row in hits.items()}
-    assert found["per_class"] == pytest.approx(per_class)
 
 
 def test_accuracies_counted_by_hand():

@@ -189,3 +189,14 @@ def load_weights(tower: TextBERT, folder: Path) -> None:
     except Exception as error:  # the readers of its formats each have errors of their own
         reason = first_line(error)
         raise UserError(f"--text-weights {folder} cannot be read as a BERT: {reason}") from error
+
+
+def tokenizer_for(options: Namespace) -> WordPieces:
+    """The tokenizer of the folder that options.text_weights means.
+
+    Notes in options what a checkpoint needs to rebuild the tower: its architecture, and whether it
+    reads lower case. Raises UserError.
+    """
+    folder = folder_of(options.text_tower, options.text_weights)
+    options.text_architecture, vocabulary, options.text_lower_case = read_folder(folder)
+    return WordPieces(vocabulary, options.max_tokens, options.text_lower_case)
