@@ -14,20 +14,17 @@ import math
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from dataset import Pairs, add_data_flags, load_dataset
+from dataset import CaptionedImages, Pairs, add_data_flags, load_dataset
 from loss import info_nce
 from models import CLIP
 from support.command import Parser, UserError, atomic_write, later, run, warn
 from support.device import keep_memory
 from support.embedding import Trained, embed_pairs, load_trained, side_by_side, trained_on
-
-if TYPE_CHECKING:
-    from dataset import CaptionedImages
 
 # ------------------------------------------------------------------------- ranks and recalls
 

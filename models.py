@@ -249,7 +249,7 @@ class ImageTower(NamedTuple):
     """How an image tower is built and filled with weights of others."""
 
     build: Callable[[Namespace], nn.Sequential]
-    load: Callable[[nn.Sequential, str, str], None] = later("towers.weights", "load_torchvision")
+    load: Callable[[nn.Sequential, str, str], None] = later("towers.image", "load_torchvision")
     size: int = 224  # of the pictures that it was pretrained on
     weights: str = "none"  # --image-weights where the flag is left out
 
@@ -258,20 +258,17 @@ class TextTower(NamedTuple):
     """How a text tower is built: build(options, words in the vocabulary)."""
 
     build: Callable[[Namespace, int], nn.Module]
-    pretrained: bool = False  # it is a BERT, with a vocabulary of its own (towers/bert.py)
+    pretrained: bool = False  # it is a BERT, with a vocabulary of its own (towers/text.py)
 
 
-LITE = "towers.efficientnet"
+LITE = later("towers.image", "efficientnet"), later("towers.image", "load_efficientnet")
 IMAGE_TOWERS = {
     "resnet18": ImageTower(resnet18),
     "resnet50": ImageTower(resnet18),  # the same, deeper and four times as wide
-    "vit_b_16": ImageTower(later("towers.vit", "vit_b_16"), weights="imagenet"),
-    **{
-        f"efficientnet_lite{n}": ImageTower(
-            later(LITE, f"efficientnet_lite{n}"), later(LITE, "load_weights"), size, "imagenet"
-        )
-        for n, size in enumerate((224, 240, 260))
-    },
+    "vit_b_16": ImageTower(later("towers.image", "vit_b_16"), weights="imagenet"),
+    "efficientnet_lite0": ImageTower(*LITE, 224, "imagenet"),
+    "efficientnet_lite1": ImageTower(*LITE, 240, "imagenet"),
+    "efficientnet_lite2": ImageTower(*LITE, 260, "imagenet"),
 }
 TEXT_TOWERS = {
     "transformer": TextTower(
@@ -285,19 +282,19 @@ TEXT_TOWERS = {
         )
     ),
     "bag": TextTower(
-        lambda options, words: later("towers.bag", "TextBag")(
+        lambda options, words: later("towers.text", "TextBag")(
             words, options.text_width, options.dropout
         )
     ),
-    "minilm": TextTower(later("towers.bert", "minilm"), pretrained=True),
-    "bert": TextTower(later("towers.bert", "bert"), pretrained=True),
+    "minilm": TextTower(later("towers.text", "minilm"), pretrained=True),
+    "bert": TextTower(later("towers.text", "bert"), pretrained=True),
 }
 
 
 def make_tokenizer(options: Namespace, vocabulary: list[str]) -> Tokenizer:
     """The tokenizer that the text tower reads."""
     if TEXT_TOWERS[options.text_tower].pretrained:
-        return later("towers.bert", "WordPieces")(
+        return later("towers.text", "WordPieces")(
             vocabulary, options.max_tokens, options.text_lower_case
         )
     return Tokenizer(vocabulary, options.max_tokens)
@@ -321,8 +318,8 @@ def build_model(options: Namespace, tokenizer: Tokenizer, pretrained: bool = Tru
     if pretrained and options.image_weights != "none":
         entry.load(images, options.image_tower, options.image_weights)
     if pretrained and options.text_weights != "none":
-        folder = later("towers.bert", "folder_of")(options.text_tower, options.text_weights)
-        later("towers.bert", "load_weights")(texts, folder)
+        folder = later("towers.text", "folder_of")(options.text_tower, options.text_weights)
+        later("towers.text", "load_bert")(texts, folder)
     scale = torch.tensor(math.log(1 / options.temperature))
     scale = nn.Parameter(scale, requires_grad=not options.fixed_temperature)
     model = CLIP(images, texts, to_images, to_texts, scale)

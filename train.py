@@ -22,26 +22,22 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from dataset import add_data_flags
+from dataset import Pairs, add_data_flags
 from evaluate import contrastive_loss, evaluate_split
 from loss import build_loss, check_finite
 from models import CLIP, HEADS, IMAGE_TOWERS, TEXT_TOWERS, hold_back
 from sources.pictures import AUGMENTATIONS
 from support import runs
-from support.checkpoint import restore, save_checkpoint
-from support.command import Parser, later, number, run
+from support.checkpoint import contents, restore, save_checkpoint
+from support.command import Parser, interruptible, later, number, run
 from support.device import AUTOCAST, choose_device, choose_precision, keep_memory
 from support.options import block_count, config_of, per_data, resolve
-from support.table import table_head, table_line
-
-if TYPE_CHECKING:
-    from dataset import Pairs
 
 # ------------------------------------------------------------------------------- the flags
 
@@ -73,14 +69,14 @@ def build_parser() -> Parser:
     text = "to start from (default: none for resnet*, imagenet for the others)"
     flag("--image-weights", metavar="none|imagenet|PATH", help=text)
     flag("--text-tower", choices=TEXT_TOWERS, default="transformer")
-    text = "to start from; a FOLDER holds a BERT (default: pretrained for minilm and bert)"
+    text = "to start from; a FOLDER holds a BERT (default: pretrained, where it is one)"
     flag("--text-weights", metavar="none|pretrained|FOLDER", help=text)
     flag("--text-width", type=number(int, 8, 4096), default=256, help="of its word embeddings")
     flag("--text-layers", type=number(int, 1, 48), default=2)
     flag("--dropout", type=share, default=0.1, help="in the text tower; in a bag of whole words")
     flag("--min-count", type=size, default=2, help="a known word stands this often in the captions")
     flag("--max-tokens", type=number(int, 3, 1000), default=40, help="more are cut, and counted")
-    flag("--head", choices=HEADS, default="linear", help="the projections; mlp: two layers beside")
+    flag("--head", choices=HEADS, default="linear", help="the projections; mlp: two layers more")
     text = "the text tower's own; identity starts at the tower's features (default: as --head)"
     flag("--text-head", choices=HEADS, help=text)
     flag("--image-dropout", type=share, default=0.0, help="of image features, to be projected")
@@ -113,7 +109,6 @@ def build_parser() -> Parser:
     flag("--ema", type=number(float, 0, 0.99999), default=0.0, metavar="DECAY", help=text)
     flag("--grad-clip", type=number(float, 0, 1e6), default=1.0, help="its largest norm; 0: none")
     flag("--patience", type=count, metavar="N", help="stop after N epochs without a better recall")
-    flag("--train-recall", **switch, help="measure as many training images as dev has, too")
     flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all that is random")
     flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     text = "of the towers in training; auto asks the device"
@@ -221,7 +216,7 @@ def train_epoch(
 # -------------------------------------------------------------------------------- the run
 
 # (when, trick): each takes model and pairs, and returns what stands in their place.
-Trick = Callable[[CLIP, "dict[str, Pairs]", argparse.Namespace], "tuple[CLIP, dict[str, Pairs]]"]
+Trick = Callable[[CLIP, dict[str, Pairs], argparse.Namespace], tuple[CLIP, dict[str, Pairs]]]
 TRICKS: tuple[tuple[Callable[[argparse.Namespace], bool], Trick], ...] = (
     (lambda o: o.text_augment != "none", later("tricks.rewrite", "rewrite_captions")),
     (lambda o: o.captions_alone, later("tricks.captions_alone", "pair_captions")),
@@ -290,9 +285,9 @@ def train(
     history, before = run.history, run.history[-1]["minutes"] if run.history else 0.0
     runs.write_config(out / "config.json", config_of(options))
     print(runs.describe(run, options))
-    with runs.Interrupts() as interrupts:
+    with interruptible():
         try:
-            print(table_head())
+            print(runs.table_head())
             while not runs.is_finished(history, options):
                 epoch, since = len(history) + 1, time.perf_counter()
                 record = {"epoch": epoch} | train_epoch(run, epoch, options)
@@ -303,12 +298,14 @@ def train(
                     history.append(record)
                     best = max(history, key=lambda past: past["mean_recall"])  # first of equals
                     copy = out / "best.pt" if best is record else None
-                    save_checkpoint(out / "last.pt", runs.contents(run, weights, options), copy)
+                    finished = runs.is_finished(history, options)
+                    content = contents(run, weights, config_of(options), finished)
+                    save_checkpoint(out / "last.pt", content, copy)
                 runs.write_history(out, history, run.pairs["train"].dataset.origin())
-                print(table_line(record), flush=True)
-        except KeyboardInterrupt:
+                print(runs.table_line(record), flush=True)
+        except KeyboardInterrupt as stopped:
             runs.say_stopped(out, home)
-            return interrupts.code
+            return stopped.args[0]
     if len(history) < options.epochs:
         print(f"stopped early: no better epoch in {options.patience} (--patience)")
     print(
@@ -337,11 +334,8 @@ def main(argv: list[str]) -> int:
     typed = parser.typed(argv)
     if "resume" in typed:
         return runs.go_on(typed, parser, train)
-    recipe, out = (
-        runs.read_recipe(typed.get("recipe", "assignment")),
-        runs.new_folder(typed, parser),
-    )
-    runs.check_folder(out)
+    recipe = runs.read_recipe(typed.get("recipe", "assignment"))
+    out = runs.new_folder(typed, parser)
     if len(recipe) > 1:
         return runs.run_recipe(recipe, out, parser, typed, train)
     return train(resolve(parser, typed, parser.typed(recipe[0][1])), out, None, out)

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from posters.films import plain_title
 from posters.genres import genre_recalls
-from posters.report import DIRECTIONS, MEANING, distance_matrix, mean_distances, paired_ranks
+from posters.report import DIRECTIONS, MEANING, mean_distances, paired_ranks
 from support.figures import GREY, canvas, wrapped, write
 
 
@@ -27,8 +27,7 @@ def draw_films(
     images = embedded.image_embeddings
     texts = embedded.text_embeddings[evaluate.first_captions(pairs.caption_image)]
     titles = [plain_title(film.title) for film in films[:40]]
-    distances = distance_matrix(images[:40], texts[:40])
-    write(out / "distances.png", draw_distances, distances, titles, footer)
+    write(out / "distances.png", draw_distances, -(images[:40] @ texts[:40].T), titles, footer)
     if history and "train_top1_t2i" in history[0]:
         checkpoint = footer[footer.rfind("checkpoint") :]  # it is not about the split drawn here
         write(out / "generalisation.png", draw_gap, history, checkpoint)

@@ -12,6 +12,8 @@ def add_flags(parser: Parser) -> None:
     flag("--titles", choices=("hide", "keep"), default="hide", help=text)
     text = "read the words on the pictures, and add what they say to the image embedding"
     flag("--poster-text", action=argparse.BooleanOptionalAction, default=False, help=text)
+    text = "measure as many training images as dev has, too: how much is memory"
+    flag("--train-recall", action=argparse.BooleanOptionalAction, default=False, help=text)
     text = "films of like genres (Jaccard index) count in part as positives of InfoNCE"
     flag("--soft-positives", choices=("none", "genres"), default="none", help=text)
     text = "of InfoNCE's target, that goes to soft positives"

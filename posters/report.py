@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dataset import CaptionedImages
     from support.embedding import Trained
 
-# The two directions of the distance matrix D (rows posters, columns introductions).
+# The two directions of D, minus the cosine of poster (row) and introduction (column).
 DIRECTIONS = {"dim0": "t2i", "dim1": "i2t"}
 MEANING = {
     "dim0": "introduction -> poster: the nearest poster of each column of D",
@@ -32,13 +32,8 @@ MEANING = {
 GROUPS = {"all": "all films", "train": "training films", "heldout": "films not in training"}
 
 
-def distance_matrix(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """D (N, N), float32: minus the cosine of poster (row) and introduction (column)."""
-    return -(images.astype(np.float32) @ texts.astype(np.float32).T)
-
-
 def mean_distances(distances: np.ndarray) -> tuple[float, float]:
-    """The means of D's diagonal (the pairs) and of the rest."""
+    """The means of the diagonal (the pairs) of D (N, N), and of the rest."""
     diagonal = distances.diagonal().sum(dtype=np.float64)
     count, total = len(distances), distances.sum(dtype=np.float64)
     return float(diagonal / count), float((total - diagonal) / max(1, count * (count - 1)))
@@ -85,7 +80,7 @@ def by_candidates(
 ) -> list[dict[str, float]]:
     """Accuracy among all films, and among 20 seeded sets of each smaller size: mean and sd."""
     random, count, rows = np.random.default_rng(0), len(images), []
-    for size in (*(size for size in sizes if size < count), count):
+    for size in [*[size for size in sizes if size < count], count]:
         values = []
         for _ in range(20 if size < count else 1):
             chosen = random.choice(count, size, replace=False)
@@ -106,12 +101,13 @@ def generalise(
     of fewer than two films has no figure.
     """
     chosen = {"all": labels != "", "train": labels == "train", "heldout": labels == "test"}
-    pairs = {name: (images[r], texts[r]) for name, r in chosen.items() if r.sum() > 1}
-    groups = {name: group_figures(x, y, evaluate) for name, (x, y) in pairs.items()}
+    chosen = {name: rows for name, rows in chosen.items() if rows.sum() > 1}
+    groups = {name: group_figures(images[r], texts[r], evaluate) for name, r in chosen.items()}
+    held = chosen.get("heldout", [])
     return {
         **{f"{name}_{dim}": g[dim]["r1"] for name, g in groups.items() for dim in DIRECTIONS},
         "groups": groups,
-        "by_candidates": by_candidates(*pairs["heldout"], evaluate) if "heldout" in pairs else [],
+        "by_candidates": by_candidates(images[held], texts[held], evaluate) if len(held) else [],
     }
 
 
@@ -194,4 +190,4 @@ def evaluate_films(
     print(generalisation_table(figures))
     if options.save_embeddings:
         evaluate.save_embeddings(options.save_embeddings, embedded, dataset)
-    return figures | report_distances(distance_matrix(images, texts), options.distance_matrix)
+    return figures | report_distances(-(images @ texts.T), options.distance_matrix)

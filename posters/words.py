@@ -142,10 +142,10 @@ def title_of(lines: Sequence[Line]) -> str:
 READINGS: tuple[Callable[[Sequence[Line]], str], ...] = (
     title_of,
     lambda lines: in_order([line for line in lines if line.score > 0.8]),
-    *(
+    *[
         lambda lines, place=place: spaced("".join(x.text for x in lines[place : place + 1]))
         for place in range(6)
-    ),
+    ],
 )
 
 
@@ -175,8 +175,7 @@ def reading_features(model: CLIP, dataset: CaptionedImages, options: Namespace) 
         for place, reading in enumerate(READINGS)
         if (text := reading(lines).strip())
     }
-    shape = len(dataset.names), len(READINGS), model.text_tower.width
-    features = np.zeros(shape, np.float16)
+    features = np.zeros((len(dataset.names), len(READINGS), model.text_tower.width), np.float16)
     if texts:
         cut = model.tokenizer.cut
         tokens = model.tokenizer(list(texts.values()))

@@ -3,92 +3,61 @@
 `python report/architecture.py` needs no data: the boxes say what the code does.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any
 
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.patches import FancyBboxPatch
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # a script of a folder finds the project above it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project above this folder
 
-from support.command import Parser, run  # noqa: E402
-from support.figures import GREEN, GREY, INK, PALETTE, canvas, write  # noqa: E402
+from support.command import HERE, Parser, run
+from support.figures import GREEN, GREY, PALETTE, canvas, write
 
 IMAGE, TEXT = PALETTE[0], PALETTE[3]
 PALE = {IMAGE: "#d6e8f5", TEXT: "#fbe3d3", GREEN: "#bfe8da", GREY: "#f1f1f1"}
-CELL, STEP, LEFT = 0.68, 1.8, 6.2  # a cell's side, between rows of boxes, the matrix; inches
+CELL = 0.68  # a cell's side; all places are in inches
+VECTORS, MATRIX = 5.4, 6.2  # left edges: of the pictures' vectors, of the cosines
+ABOVE = 1.8  # from the pictures' towers to those of the texts
 
 
-def box(axes: Any, x: float, y: float, width: float, height: float, text: str, hue: str) -> None:
-    """A rounded box, its lower left corner at (x, y) inches, with its text in the middle."""
-    face = PALE[hue] if hue != GREY else "white"
-    look = {"boxstyle": "round,pad=0,rounding_size=0.08", "linewidth": 1.3}
-    axes.add_patch(FancyBboxPatch((x, y), width, height, facecolor=face, edgecolor=hue, **look))
-    middle = x + width / 2, y + height / 2
-    axes.text(*middle, text, ha="center", va="center", size=10, color=INK, linespacing=1.35)
+def box(axes: Any, x: float, y: float, width: float, text: str, face: str, edge: str) -> None:
+    """A rounded box, or with a white edge a square; `x` is its left edge, `y` its middle."""
+    rounded = "round,pad=0,rounding_size=0.08"
+    look, height = ("square,pad=0", CELL) if edge == "white" else (rounded, 0.84)
+    corner = x, y - height / 2
+    axes.add_patch(FancyBboxPatch(corner, width, height, look, fc=face, ec=edge, lw=1.5))
+    axes.text(x + width / 2, y, text, ha="center", va="center", linespacing=1.35)
 
 
-def arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], hue: str = GREY) -> None:
-    """A straight arrow between two points, inches."""
-    look = {"arrowstyle": "-|>", "mutation_scale": 12, "shrinkA": 0, "shrinkB": 0}
-    axes.add_patch(FancyArrowPatch(start, end, color=hue, linewidth=1.3, **look))
+def arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], hue: str) -> None:
+    look = {"arrowstyle": "-|>", "color": hue, "lw": 1.3, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", end, start, size=12, arrowprops=look)
 
 
-def cell(axes: Any, x: float, y: float, text: str, hue: str) -> None:
-    """One square of a vector or of the matrix, its lower left corner at (x, y)."""
-    axes.add_patch(Rectangle((x, y), CELL, CELL, facecolor=PALE[hue], edgecolor="white", lw=2))
-    axes.text(x + CELL / 2, y + CELL / 2, text, ha="center", va="center", size=10, color=INK)
+def part(axes: Any, y: float, texts: str, pictures: str, heads: str, cosines: list[str]) -> None:
+    """Texts and, at the height `y`, pictures, through their towers to vectors and cosines.
 
-
-def encoders(axes: Any, y: float, texts: str, pictures: str) -> None:
-    """Two rows of boxes, from inputs to the common space; `y` is the lower row's middle."""
-    upper = (y + STEP, texts, "text tower\nTransformer, LSTM", TEXT)
-    for middle, content, tower, hue in (upper, (y, pictures, "image tower\nResNet18", IMAGE)):
-        box(axes, 0, middle - 0.42, 1.75, 0.84, content, GREY)
-        box(axes, 2.05, middle - 0.42, 1.6, 0.84, tower, hue)
-        box(axes, 3.95, middle - 0.42, 0.85, 0.84, "linear\nlayer", hue)
-        arrow(axes, (1.75, middle), (2.05, middle))
-        arrow(axes, (3.65, middle), (3.95, middle))
-
-
-def training(axes: Any, y: float) -> None:
-    """Part 1: a batch through both towers, and the matrix of all its pairs, above `y`."""
-    axes.text(0, y + 4.0, "1  Training: a batch of N pairs", size=12, weight="bold")
-    middle = y + 1.5
-    encoders(axes, middle, "N captions\n“a dog runs in snow”", "their N pictures\n3 × 96 × 96")
-    arrow(axes, (4.8, middle + STEP), (LEFT - 0.08, middle + STEP), TEXT)
-    arrow(axes, (4.8, middle), (LEFT - CELL - 0.2, middle), IMAGE)
-    numbers = ("1", "2", "…", "N")
-    for i, number in enumerate(numbers):
-        row = middle + (1 - i) * CELL
-        cell(axes, LEFT + i * CELL, middle + STEP - CELL / 2, f"t{number}".replace("t…", "…"), TEXT)
-        cell(axes, LEFT - CELL - 0.12, row, f"v{number}".replace("v…", "…"), IMAGE)
-        for j, other in enumerate(numbers):
-            text = "…" if "…" in (number, other) else f"v{number}·t{other}"
-            cell(axes, LEFT + j * CELL, row, text, GREEN if i == j else GREY)
-    note = "N × N cosines: InfoNCE wants each green one\nto win its row and its column"
-    axes.text(LEFT - CELL - 0.12, middle - 2 * CELL - 0.1, note, size=9, color=INK, va="top")
-
-
-def classes(axes: Any, y: float) -> None:
-    """Parts 2 and 3: names become prompts, and a picture belongs to the nearest, above `y`."""
-    axes.text(0, y + 3.05, "2  Labels as prompts", size=12, weight="bold")
-    axes.text(LEFT - CELL - 0.12, y + 3.05, "3  The nearest prompt wins", size=12, weight="bold")
-    middle = y + 0.55
-    encoders(axes, middle, "sea, dog, …, house:\n“a photo of a dog”", "one picture\n3 × 96 × 96")
-    arrow(axes, (4.8, middle + STEP), (LEFT - 0.08, middle + STEP), TEXT)
-    arrow(axes, (4.8, middle), (LEFT - CELL - 0.2, middle), IMAGE)
-    cell(axes, LEFT - CELL - 0.12, middle - CELL / 2, "v", IMAGE)
-    for i, name in enumerate(("sea", "dog", "…", "house")):
-        x, product = LEFT + i * CELL, "…" if name == "…" else "v·t"
-        cell(axes, x, middle + STEP - CELL / 2, name, TEXT)
-        cell(axes, x, middle - CELL / 2, product, GREEN if name == "dog" else GREY)
-    x = LEFT + 1.5 * CELL
-    arrow(axes, (x, middle + CELL / 2 + 0.05), (x, middle + STEP - CELL / 2 - 0.05), GREEN)
-    axes.text(x + 0.12, middle + STEP / 2, "a photo of a dog", size=10, va="center", color=INK)
+    `heads` are the texts' vectors, `cosines` a line a picture; a star marks the largest.
+    """
+    lower = (pictures, y, "image tower\nResNet18", IMAGE, VECTORS)
+    upper = (texts, y + ABOVE, "text tower\nTransformer, LSTM", TEXT, MATRIX)
+    for inputs, middle, tower, hue, end in (lower, upper):
+        box(axes, 0, middle, 1.75, inputs, "white", GREY)
+        box(axes, 2.05, middle, 1.6, tower, PALE[hue], hue)
+        box(axes, 3.95, middle, 0.85, "linear\nlayer", PALE[hue], hue)
+        arrow(axes, (1.75, middle), (2.05, middle), GREY)
+        arrow(axes, (3.65, middle), (3.95, middle), GREY)
+        arrow(axes, (4.8, middle), (end - 0.08, middle), hue)
+    for j, text in enumerate(heads.split()):
+        box(axes, MATRIX + j * CELL, y + ABOVE, CELL, text, PALE[TEXT], "white")
+    for i, line in enumerate(cosines):
+        middle = y + ((len(cosines) - 1) / 2 - i) * CELL
+        picture, *row = line.split()
+        box(axes, VECTORS, middle, CELL, picture, PALE[IMAGE], "white")
+        for j, text in enumerate(row):
+            face = PALE[GREEN if text[-1] == "*" else GREY]
+            box(axes, MATRIX + j * CELL, middle, CELL, text.strip("*"), face, "white")
 
 
 def draw(path: Path) -> None:
@@ -99,13 +68,28 @@ def draw(path: Path) -> None:
         axes = figure.subplots()
         axes.set(xlim=(-0.05, 9.05), ylim=(0.05, 8.15), aspect="equal")
         axes.axis("off")
-        training(axes, 3.85)
-        classes(axes, 0)
+        heading = {"size": 12, "weight": "bold"}
+
+        axes.text(0, 7.85, "1  Training: a batch of N pairs", **heading)
+        captions, pictures = "N captions\n“a dog runs in snow”", "their N pictures\n3 × 96 × 96"
+        cosines = ["v1 v1·t1* v1·t2 … v1·tN", "v2 v2·t1 v2·t2* … v2·tN"]
+        cosines += ["… … … …* …", "vN vN·t1 vN·t2 … vN·tN*"]
+        part(axes, 5.35, captions, pictures, "t1 t2 … tN", cosines)
+        note = "N × N cosines: InfoNCE wants each green one\nto win its row and its column"
+        axes.text(VECTORS, 3.89, note, size=9, va="top")
+
+        axes.text(0, 3.05, "2  Labels as prompts", **heading)
+        axes.text(VECTORS, 3.05, "3  The nearest prompt wins", **heading)
+        prompts, picture = "sea, dog, …, house:\n“a photo of a dog”", "one picture\n3 × 96 × 96"
+        part(axes, 0.55, prompts, picture, "sea dog … house", ["v v·t v·t* … v·t"])
+        winner = MATRIX + 1.5 * CELL
+        arrow(axes, (winner, 0.94), (winner, 1.96), GREEN)
+        axes.text(winner + 0.12, 1.45, "a photo of a dog", va="center")
 
 
 def main(argv: list[str]) -> None:
     Parser(prog="architecture.py", description="Draws the two towers.").parse_args(argv)
-    write(HERE / "figures" / "architecture.png", draw)
+    write(HERE / "report" / "figures" / "architecture.png", draw)
 
 
 if __name__ == "__main__":

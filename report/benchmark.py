@@ -8,9 +8,9 @@ clock starts), in turns, so that a change in the machine's speed meets both alik
 
 import sys
 import time
+from argparse import Namespace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from support.runs import describe, read_recipe
 from train import Run, begin, build_parser, train_epoch
 
 
-def rate(trained: Run, turn: int, options: Any, in_memory: bool) -> float:
+def rate(trained: Run, turn: int, options: Namespace, in_memory: bool) -> float:
     """Images a second of the loop; `in_memory`: when its batches lie there, augmented already."""
     feed = trained.pairs["train"].batches(turn, options, trained.model.device)
     batches = islice(feed, options.batches)
@@ -34,7 +34,7 @@ def rate(trained: Run, turn: int, options: Any, in_memory: bool) -> float:
     return train_epoch(trained, turn, options, batches)["images_per_second"]
 
 
-def decoding_rate(trained: Run, options: Any) -> float | None:
+def decoding_rate(trained: Run, options: Namespace) -> float | None:
     """Files decoded a second, in --workers processes; None for built-in data, which has none."""
     dataset = trained.pairs["train"].dataset
     paths, since = dataset.paths[: options.pictures], time.perf_counter()
@@ -56,13 +56,12 @@ def main(argv: list[str]) -> None:
     options = resolve(parser, typed, parser.typed(recipe[0][1]))
     trained = begin(options)
     print(describe(trained, options))
-    steps = len(trained.pairs["train"].sampler(options))
-    options.batches = min(options.batches, steps)
+    options.batches = min(options.batches, len(trained.pairs["train"].sampler(options)))
     rate(trained, 1, options, in_memory=False)  # the first steps allocate memory
     turns = range(1, options.turns + 1)
     rates = [[rate(trained, turn, options, where) for where in (False, True)] for turn in turns]
     loop, memory = np.array(rates).T
-    figures: dict[str, Any] = {
+    figures = {
         "loop_images_per_second": float(np.median(loop)),
         "memory_images_per_second": float(np.median(memory)),
         "decoding_images_per_second": decoding_rate(trained, options),

@@ -4,8 +4,6 @@
 path to the best recipe; with --check it only says whether the pages still agree with the data.
 """
 
-from __future__ import annotations
-
 import csv
 import re
 import sys
@@ -13,17 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project above this folder
+
+from support.command import Parser, UserError, atomic_write, run
+from support.figures import INK, PALETTE, canvas, wrapped, write
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # a script of a folder finds the project above it
-
-from report.chart import draw_path  # noqa: E402
-from support.command import Parser, UserError, atomic_write, run  # noqa: E402
-from support.figures import write  # noqa: E402
-
 Rows = list[dict[str, str]]
 MARKED = re.compile(r"(<!-- table: ([^>]+?) -->)(.*?)(<!-- end -->)", re.DOTALL)
 RECALLS = "i2t R@1 / 5 / 10|t2i R@1 / 5 / 10"
-DIMS = {"dim 0": "t2i_r1", "dim 1": "i2t_r1"}  # of the films' distance matrix
 
 
 def read(name: str) -> Rows:
@@ -111,15 +107,10 @@ def group(name: str) -> list[Rows]:
     return runs
 
 
-def by_seed(name: str) -> list[Rows]:
-    """A recipe's runs on the test split, one by one, and all of them together."""
-    rows = pick(name, "test")
-    return [*([row] for row in rows), rows]
-
-
 def films(splits: str, *names: str) -> str:
     """Top-1 accuracy among films, a line a run; dim 0 is introduction -> poster."""
-    ways = [(s, dim, key) for s in splits.split("; ") for dim, key in DIMS.items()]
+    dims = (("dim 0", "t2i_r1"), ("dim 1", "i2t_r1"))  # of their distance matrix
+    ways = [(s, dim, key) for s in splits.split("; ") for dim, key in dims]
     runs = []
     for name in names:
         cells = {f"{split}, {dim}": mean(pick(name, split), key) for split, dim, key in ways}
@@ -127,9 +118,15 @@ def films(splits: str, *names: str) -> str:
     return table("|".join(runs[0][0]), runs)
 
 
+def by_seed(name: str) -> str:
+    """A recipe's runs on the test split, one by one, and all of them together."""
+    rows = pick(name, "test")
+    return table(f"seed|{RECALLS}|95% i2t|95% t2i|minutes", [*([row] for row in rows), rows])
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "results": results,
-    "seeds": lambda name: table(f"seed|{RECALLS}|95% i2t|95% t2i|minutes", by_seed(name)),
+    "seeds": by_seed,
     "path": lambda: table(f"run|typed|{RECALLS}|mean|bought|minutes|seeds|note", group("path")),
     "journal": lambda name: table(f"run|{RECALLS}|mean|minutes|seeds|note", group(name)),
     "films": films,
@@ -145,6 +142,31 @@ def fill(marked: re.Match[str]) -> str:
         return before + TABLES[kind](*rest.split(" / ") if rest else ()) + after
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise UserError(f"nothing is known for <!-- table: {name} -->: {error!r}") from error
+
+
+def draw_path(path: Path, runs: list[Rows]) -> None:
+    """A bar for each change, its length the mean recall on dev. Raises UserError."""
+    rows = [run[-1] for run in runs]
+    values = [fmean(float(row["mean_recall"]) for row in run) for run in runs]
+    footer = "mean of the six recalls on Flickr8k's dev split (R@1, 5, 10 in both directions)"
+    title = "From the assignment to the best recipes, from top to bottom"
+    with canvas(path, 8, 0.42 * len(rows) + 0.9, title, footer) as (figure, _):
+        axes = figure.subplots()
+        kinds = ("one change", PALETTE[0], True), ("several changes at once", PALETTE[5], False)
+        for label, hue, one in kinds:
+            places = [i for i, row in enumerate(rows) if (row["changes"] == "1") == one]
+            axes.barh(places, [values[i] for i in places], color=hue, height=0.72, label=label)
+        labels = ["\n".join(wrapped(row["run"], 2.6, 10, 2)) for row in rows]
+        axes.set_yticks(range(len(rows)), labels, size=11)
+        for place, (value, row) in enumerate(zip(values, rows, strict=True)):
+            text = f"{value:.1f}" + (f"  ({row['bought']})" if place else "")
+            axes.text(value + 0.7, place, text, va="center", size=11, color=INK)
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", length=0)
+        axes.set(xlabel="mean recall on dev (%)", xlim=(0, 1.2 * max(values)))
+        axes.grid(True, axis="x")
+        axes.set_axisbelow(True)
+        axes.legend(loc="upper right", bbox_to_anchor=(1, 0.97))
 
 
 def main(argv: list[str]) -> None:

@@ -3,25 +3,17 @@
 sources/folder.py and sources/shapes.py fill a `Collection`; dataset.py makes pairs of it.
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from sources.pictures import cached_pixels, thumbnail
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from sources.layouts import Row
-
 SPLITS = ("train", "dev", "test")
-
-Self = TypeVar("Self", bound="Collection")
 
 
 @dataclass
@@ -40,17 +32,14 @@ class Collection:
     caption_image: np.ndarray  # for each caption the row of its image
     labels: np.ndarray  # the split of each caption, "" for none
     skipped: dict[str, list[str]] = field(default_factory=dict)  # reason -> names
-    remarks: list[str] = field(default_factory=list)  # on the splits
     by_caption: bool = False  # an image stands in two splits: figures of it flatter
-    records: list[Row] = field(default_factory=list)  # what else a layout says of each image
+    records: list[Any] = field(default_factory=list)  # more of each image: a layouts.Row
 
     def picture(self, row: int) -> Image.Image:
         """The picture itself, for figures, in its own proportions."""
-        from PIL import Image
-
         return thumbnail(self.paths[row]) if self.paths else Image.fromarray(self.pixels[row])
 
-    def at_size(self: Self, size: int, cache: Path, workers: int) -> Self:
+    def at_size(self, size: int, cache: Path, workers: int) -> "Collection":
         """The same with pictures of `size` pixels; those of built-in data have one size."""
         if not self.paths or size == self.pixels.shape[1]:
             return self
@@ -73,21 +62,20 @@ class Collection:
 
     def summary(self) -> str:
         """One line: layout, counts in all and per split, what was skipped and why, fingerprint."""
-        parts = []
+        counts, skipped = [], []
         for name in (*SPLITS, ""):
             chosen = self.labels == name
             images = len(np.unique(self.caption_image[chosen]))
             if images or name:
-                parts.append(f"{name or 'in no split'} {images:,}/{chosen.sum():,}")
-        skipped = "; ".join(
-            f"{len(names):,} {reason} ({', '.join([*dict.fromkeys(names)][:3])}"
-            f"{', ...' if len(set(names)) > 3 else ''})"
-            for reason, names in self.skipped.items()
-        )
+                counts.append(f"{name or 'in no split'} {images:,}/{chosen.sum():,}")
+        for reason, names in self.skipped.items():
+            some = [*dict.fromkeys(names)]
+            shown = ", ".join([*some[:3], "..."] if len(some) > 3 else some)
+            skipped.append(f"{len(names):,} {reason} ({shown})")
         line = (
             f"data {self.path}: {self.layout}, {len(np.unique(self.caption_image)):,} images and "
             f"{len(self.captions):,} captions; {self.splits} splits (images/captions): "
-            f"{', '.join(parts)}; skipped: {skipped or 'nothing'}; "
+            f"{', '.join(counts)}; skipped: {'; '.join(skipped) or 'nothing'}; "
             f"fingerprint {self.fingerprint}"
         )
         return line.encode("utf-8", "backslashreplace").decode()  # a file name can be any bytes

@@ -4,22 +4,22 @@ dataset.py calls `cached_pixels` on the files that it found, then `augment` on b
 and `resize` for evaluation. Normalising is the first block of every image tower (see models.py).
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io
 import json
+import math
 import multiprocessing
 import shutil
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,11 +29,7 @@ from tqdm import tqdm
 
 from support.command import HERE, UserError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-    Decoded = tuple[np.ndarray | None, str]  # of one file, see `try_decode`
-
+Decoded = tuple[np.ndarray | None, str]  # of one file, see `try_decode`
 CACHE = HERE / ".cache"
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 MAX_PIXELS = 100_000_000  # a larger picture is a decompression bomb, or no picture for 224 px
@@ -129,14 +125,11 @@ def cached_folder(cache: Path, name: str, build: Callable[[Path], None]) -> Path
 
 
 class PixelCache(NamedTuple):
-    """The decoded pictures: `pixels` uint8 (N, size, size, 3), memory-mapped.
+    """The decoded pictures of some files."""
 
-    `digests[i]` is the sha256 of file i, or None where `failed[i]` says why it cannot be read.
-    """
-
-    pixels: np.ndarray
-    digests: list[str | None]
-    failed: dict[int, str]
+    pixels: np.ndarray  # uint8 (N, size, size, 3), memory-mapped
+    digests: list[str | None]  # sha256 of each file, None for one that cannot be read
+    failed: dict[int, str]  # and why it cannot
 
 
 def cached_pixels(paths: list[Path], size: int, cache: Path, workers: int) -> PixelCache:
@@ -162,35 +155,32 @@ def cached_pixels(paths: list[Path], size: int, cache: Path, workers: int) -> Pi
 
 
 def write_pixels(paths: list[Path], size: int, workers: int, folder: Path) -> None:
-    """Writes pixels.npy and index.json; the parent writes, so a full disk is an ordinary error."""
-    check_space(folder, len(paths) * size * size * 3)
+    """Fills pixels.npy and index.json; the parent writes, so a full disk is an ordinary error."""
     digests, failed, blank = [], {}, np.zeros((size, size, 3), np.uint8)
     with (folder / "pixels.npy").open("wb") as file:
         write_header(file, (len(paths), size, size, 3), np.uint8)
         for row, (pixels, digest_or_reason) in enumerate(decode_all(paths, size, workers)):
-            readable = pixels is not None
-            digests.append(digest_or_reason if readable else None)
-            if not readable:
+            if pixels is None:
                 failed[row] = digest_or_reason
-            file.write((pixels if readable else blank).tobytes())
+            digests.append(None if row in failed else digest_or_reason)
+            file.write((blank if row in failed else pixels).tobytes())
     (folder / "index.json").write_text(json.dumps({"digests": digests, "failed": failed}), "utf-8")
 
 
-def write_header(file: io.BufferedIOBase, shape: tuple[int, ...], kind: type) -> None:
-    """Begins an .npy file, whose rows are then written one after the other."""
-    descr = np.lib.format.dtype_to_descr(np.dtype(kind))
-    head = {"descr": descr, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, head)
+def write_header(file: io.BufferedWriter, shape: tuple[int, ...], kind: type) -> None:
+    """Begins an .npy file in a folder that `cached_folder` builds; its rows are written after it.
 
-
-def check_space(folder: Path, needed: int) -> None:
-    """Raises UserError unless the disk of `folder` has `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
+    Raises UserError when the disk has no room for them.
+    """
+    cache = Path(file.name).parents[2]
+    needed, free = math.prod(shape) * np.dtype(kind).itemsize, shutil.disk_usage(cache).free
     if free < needed + 2**26:
         raise UserError(
-            f"the cache needs {needed / 1e9:.1f} GB, the disk of {folder.parent.parent} has "
-            f"{free / 1e9:.1f} GB free; give --cache DIR on another, or a smaller --image-size"
+            f"the cache needs {needed / 1e9:.1f} GB, the disk of {cache} has {free / 1e9:.1f} GB "
+            "free; give --cache DIR on another, or a smaller --image-size"
         )
+    head = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, head)
 
 
 def decode_all(paths: list[Path], size: int, workers: int) -> Iterable[Decoded]:

@@ -23,10 +23,9 @@ if TYPE_CHECKING:
     from train import Run
 
 FORMAT, VERSION = "mini-clip", 4
-NOT_A_CHECKPOINT = (  # what torch.load and load_state_dict raise for a file of another kind
-    *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError),
-    *(ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError, struct.error),
-)
+# What torch.load and load_state_dict raise for a file of another kind.
+NOT_A_CHECKPOINT = (pickle.UnpicklingError, zipfile.BadZipFile, struct.error, RuntimeError)
+NOT_A_CHECKPOINT += (EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
 
 def first_line(error: Exception) -> str:
@@ -79,11 +78,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def fill_from(model: torch.nn.Module, content: dict[str, Any], name: str) -> None:
     """Copies the weights of a checkpoint that fit; raises UserError when none does."""
     state, weights = model.state_dict(), content["model"]
-    fitting = {
-        key: weights[key]
-        for key in state
-        if key in weights and same_shape(state[key], weights[key])
-    }
+    shared = state.keys() & weights.keys()
+    fitting = {key: weights[key] for key in shared if weights[key].shape == state[key].shape}
     if not any(weight.ndim for weight in fitting.values()):  # logit_scale fits any model
         raise UserError(f"--init {name}: none of its weights fits this model")
     model.load_state_dict({**state, **fitting})
@@ -92,23 +88,9 @@ def fill_from(model: torch.nn.Module, content: dict[str, Any], name: str) -> Non
     print(f"init: {len(fitting):,} of {len(state):,} weights are those of {name}{rest}")
 
 
-def same_shape(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.shape == other.shape
-
-
-def random_states() -> dict[str, Any]:
-    """The states of torch's generators, which dropout draws from."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
-
-
-def contents(run: Run, weights: dict[str, Any] | None) -> dict[str, Any]:
+def contents(
+    run: Run, weights: dict[str, Any] | None, config: dict[str, Any], finished: bool
+) -> dict[str, Any]:
     """What a checkpoint holds of a run: enough to go on in the same bits, and to be evaluated.
 
     With --ema the model is the average, and `weights` are those that learn.
@@ -124,13 +106,18 @@ def contents(run: Run, weights: dict[str, Any] | None) -> dict[str, Any]:
         "scaler": run.scaler.state_dict(),
         "loss": run.loss.state_dict(),
         "history": run.history,
-        "random_states": random_states(),
+        "random_states": {  # dropout draws from torch's generators
+            "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        },
         "fingerprint": dataset.fingerprint,
         "split_by_caption": dataset.by_caption,
         "train_images": {
             "names": [dataset.names[row] for row in rows],
             "digests": [dataset.digests[row] for row in rows],
         },
+        "config": config,
+        "finished": finished,
     }
 
 
@@ -142,5 +129,7 @@ def restore(run: Run, earlier: dict[str, Any]) -> Run:
     run.loss.load_state_dict(earlier["loss"])
     if run.average:
         run.average.restore(earlier["average"])
-    restore_random_states(earlier["random_states"], run.model.device)
+    torch.set_rng_state(earlier["random_states"]["cpu"])
+    if run.model.device.type == "cuda":
+        torch.cuda.set_rng_state_all(earlier["random_states"]["cuda"])
     return run._replace(history=earlier["history"])

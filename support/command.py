@@ -10,6 +10,7 @@ import glob
 import importlib
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,29 +23,20 @@ class UserError(Exception):
     """Something that the user can put right: the message says what is wrong and what to do."""
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Appends the default to each flag's help, unless there is none to tell."""
-
-    DEFAULT = "(default: %(default)s)"
-
-    def add_argument(self, action: argparse.Action) -> None:
-        if action.help is None:  # argparse would not ask for the help string
-            action.help = self._get_help_string(action)
-        super().add_argument(action)
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        silent = action.default in (None, argparse.SUPPRESS, []) or action.default is False
-        if not action.option_strings or silent or self.DEFAULT in text:
-            return text
-        return f"{text} {self.DEFAULT}".strip()
-
-
 class Parser(argparse.ArgumentParser):
     """Flags with dashes or underscores; one-line errors; knows which flags were typed."""
 
     def __init__(self, **options: Any):
-        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
+        super().__init__(allow_abbrev=False, **options)
+
+    def format_help(self) -> str:
+        """A flag's help ends in its default, unless there is none to tell."""
+        for action in self._actions:
+            text, default = action.help or "", action.default
+            silent = default in (None, argparse.SUPPRESS, []) or default is False
+            if action.option_strings and not silent and "%(default)s" not in text:
+                action.help = f"{text} (default: %(default)s)".strip()
+        return super().format_help()
 
     def error(self, message: str) -> None:
         raise UserError(f"{message} (see --help)")
@@ -102,22 +94,20 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Raises UserError when the folder cannot be made or the file cannot be written (full disk too).
     """
     path = Path(path)
-    temporary = None
     if path.exists() and not path.is_file() and not path.is_dir():
         yield path  # /dev/stdout and the like are written to, never replaced
         return
+    temporary = path.parent / f".{path.stem}-{secrets.token_hex(4)}{path.suffix}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.parent / f".{path.stem}-{secrets.token_hex(4)}{path.suffix}"
-        beside.touch(exist_ok=False)
-        temporary = beside  # from here on it is ours to delete
+        temporary.touch()
         yield temporary
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it has become `path`, or could not be made
+            temporary.unlink()
 
 
 def sweep(path: Path) -> None:
@@ -142,6 +132,22 @@ def later(module: str, name: str) -> Callable:
 def warn(message: str) -> None:
     """One line on stderr."""
     print(f"warning: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ctrl-C and SIGTERM inside the block raise KeyboardInterrupt(exit code)."""
+
+    def stop(signum: int, _frame: Any) -> None:
+        raise KeyboardInterrupt(128 + signum)
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    earlier = {signum: signal.signal(signum, stop) for signum in signals}
+    try:
+        yield
+    finally:
+        for signum, handler in earlier.items():
+            signal.signal(signum, handler)
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:

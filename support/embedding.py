@@ -1,30 +1,24 @@
 """Texts and pictures through trained models: batches in, unit-length embeddings out.
 
-evaluate.py embeds splits with these; `Trained` is one checkpoint, or several side by side, and
-embeds the user's own texts and pictures too.
+evaluate.py embeds splits; `Trained`, one checkpoint or several, the user's own texts and pictures.
 """
-
-from __future__ import annotations
 
 import math
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dataset import Captions, Pixels
+from dataset import CaptionedImages, Captions, Pairs, Pixels
 from models import CLIP, model_from_checkpoint
 from support.checkpoint import load_checkpoint
 from support.command import UserError
 from support.device import choose_device
-
-if TYPE_CHECKING:
-    from dataset import CaptionedImages, Pairs
 
 
 @torch.inference_mode()
@@ -111,15 +105,12 @@ class Trained(NamedTuple):
 
 
 def load_trained(paths: list[Path], device: str) -> Trained:
-    """Loads checkpoints, by default the newest checkpoints/*/best.pt, and prints which.
-
-    Raises UserError.
-    """
+    """Loads checkpoints, by default the newest checkpoints/*/best.pt; prints which. UserError."""
     if not paths:
-        found = sorted(Path("checkpoints").glob("*/best.pt"), key=lambda p: p.stat().st_mtime)
-        if not found:
-            raise UserError("no checkpoints/*/best.pt here; name a checkpoint, or run train.py")
-        paths = found[-1:]
+        found = Path("checkpoints").glob("*/best.pt")
+        paths = sorted(found, key=lambda path: path.stat().st_mtime)[-1:]
+    if not paths:
+        raise UserError("no checkpoints/*/best.pt here; name a checkpoint, or run train.py")
     contents, members = [], []
     for path in paths:
         content = load_checkpoint(path)

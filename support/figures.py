@@ -3,8 +3,6 @@
 train.py draws its curves with it after each epoch; visualize.py, posters/ and report/ the rest.
 """
 
-from __future__ import annotations
-
 import contextlib
 import textwrap
 import unicodedata

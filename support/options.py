@@ -42,16 +42,15 @@ def resolve(parser: Parser, typed: dict[str, Any], recipe: dict[str, Any]) -> Na
     With --init the flags of the group "model" are, where nothing else says so, those of the
     checkpoint. Raises UserError for flags that contradict each other.
     """
-    defaults, recipe = parser.defaults(), suited(recipe, typed)
-    chosen = {**defaults, **recipe, **typed}
-    if chosen["init"]:
-        earlier = load_checkpoint(checkpoint_in(chosen["init"]))
+    defaults, recipe, inherited = parser.defaults(), suited(recipe, typed), {}
+    if init := {**recipe, **typed}.get("init"):
+        earlier = load_checkpoint(checkpoint_in(init))
         if "config" not in earlier:
-            raise UserError(f"--init {chosen['init']} holds several models; name the run of one")
+            raise UserError(f"--init {init} holds several models; name the run of one")
         known = {**defaults, **earlier["config"]}  # with flags that are younger than the checkpoint
-        kept = {flag: known[flag] for flag in parser.group("model")}
-        chosen = {**defaults, **kept, **recipe, **typed}
-    options, shapes = Namespace(**chosen), chosen["data"] == "shapes"
+        inherited = {flag: known[flag] for flag in parser.group("model")}
+    options = Namespace(**{**defaults, **inherited, **recipe, **typed})
+    shapes = options.data == "shapes"
     if not shapes:
         options.data = str(Path(options.data).resolve())
     fill_in(options, shapes)
@@ -68,31 +67,26 @@ def suited(recipe: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
 
 def fill_in(options: Namespace, shapes: bool) -> None:
     """The defaults that depend on the data and on the towers."""
+
+    def fill(**defaults: Any) -> None:
+        """Of the flags that nothing has said yet."""
+        for flag, value in defaults.items():
+            if getattr(options, flag) is None:
+                setattr(options, flag, value)
+
     image, text = IMAGE_TOWERS[options.image_tower], TEXT_TOWERS[options.text_tower]
-    if options.image_weights is None:
-        options.image_weights = image.weights
-    if options.text_weights is None:
-        options.text_weights = "pretrained" if text.pretrained else "none"
-    for flag, names in (
-        ("image_weights", ("none", "imagenet")),
-        ("text_weights", ("none", "pretrained")),
-    ):
-        if (weights := getattr(options, flag)) not in names:
-            setattr(options, flag, str(Path(weights).resolve()))
-    pretrained = options.image_weights != "none"
-    if options.train_image is None:
-        options.train_image = 0 if pretrained else ALL
-    if options.train_text is None:
-        options.train_text = ALL if options.text_weights == "none" else 0
-    if options.text_head is None:
-        options.text_head = options.head
-    if options.image_size is None and pretrained:
-        options.image_size = image.size
-    if options.image_augment is None and pretrained and options.train_image != ALL:
-        options.image_augment = "none"  # what frozen blocks give is computed once
-    for flag, (of_shapes, of_photographs) in PER_DATA.items():
-        if getattr(options, flag) is None:
-            setattr(options, flag, of_shapes if shapes else of_photographs)
+    fill(image_weights=image.weights, text_weights="pretrained" if text.pretrained else "none")
+    for flag, named in (("image_weights", "imagenet"), ("text_weights", "pretrained")):
+        if getattr(options, flag) not in ("none", named):
+            setattr(options, flag, str(Path(getattr(options, flag)).resolve()))
+    fill(train_text=ALL if options.text_weights == "none" else 0, text_head=options.head)
+    if options.image_weights == "none":
+        fill(train_image=ALL)
+    else:
+        fill(train_image=0, image_size=image.size)
+        if options.train_image != ALL:
+            fill(image_augment="none")  # what frozen blocks give is computed once
+    fill(**{flag: values[0 if shapes else 1] for flag, values in PER_DATA.items()})
     if options.soft_positives == "genres":
         options.loss = options.loss.replace("infonce", "genres")
 
@@ -101,36 +95,22 @@ def check(options: Namespace) -> None:
     """Raises UserError for flags that contradict each other."""
     later("tricks.rewrite", "parse_rates")(options.text_augment)
     parse_loss(options.loss)
-    text = TEXT_TOWERS[options.text_tower]
-    contradictions = (
-        (
-            options.text_weights != "none" and not text.pretrained,
-            f"--text-weights: a {options.text_tower} has no pretrained weights; use minilm or bert",
-        ),
-        (
-            options.poster_text and (options.train_text or not text.pretrained),
-            "--poster-text goes with a frozen text tower: --text-tower minilm or bert",
-        ),
-        (
-            options.poster_text and options.train_image,
-            "--poster-text goes with a frozen image tower: --train-image 0",
-        ),
-        (
-            options.poster_text and options.image_augment != "none",
-            "--poster-text goes with --image-augment none",
-        ),
-        (
-            options.soft_positives == "genres" and "genres" not in options.loss,
-            "--soft-positives goes with --loss infonce",
-        ),
-        (
-            options.captions_alone and not options.train_text,
-            "--captions-alone trains the text tower: --train-text all",
-        ),
-    )
-    for wrong, message in contradictions:
-        if wrong:
-            raise UserError(message)
+    tower, pretrained = options.text_tower, TEXT_TOWERS[options.text_tower].pretrained
+    wrong = ""
+    if options.text_weights != "none" and not pretrained:
+        wrong = f"--text-weights: a {tower} has no pretrained weights; use minilm or bert"
+    elif options.poster_text and (options.train_text or not pretrained):
+        wrong = "--poster-text goes with a frozen text tower: --text-tower minilm or bert"
+    elif options.poster_text and options.train_image:
+        wrong = "--poster-text goes with a frozen image tower: --train-image 0"
+    elif options.poster_text and options.image_augment != "none":
+        wrong = "--poster-text goes with --image-augment none"
+    elif options.soft_positives == "genres" and "genres" not in options.loss:
+        wrong = "--soft-positives goes with --loss infonce"
+    elif options.captions_alone and not options.train_text:
+        wrong = "--captions-alone trains the text tower: --train-text all"
+    if wrong:
+        raise UserError(wrong)
 
 
 def checkpoint_in(place: str | Path) -> Path:

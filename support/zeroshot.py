@@ -3,23 +3,18 @@
 evaluate.py --zero-shot prints what `zero_shot` finds; visualize.py draws it and searches folders.
 """
 
-from __future__ import annotations
-
 import re
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sources.pictures import EXTENSIONS, decode_all
 from support.command import UserError, warn
+from support.embedding import Trained
 from support.figures import canvas, wrapped
-
-if TYPE_CHECKING:
-    from argparse import Namespace
-
-    from support.embedding import Trained
 
 
 def find_pictures(folder: Path) -> list[Path]:
@@ -123,38 +118,33 @@ def class_names(folders: list[Path], trained: Trained) -> list[str]:
 
 
 def zero_shot(trained: Trained, options: Namespace) -> ZeroShot:
-    """Classifies the pictures in the class folders of options.zero_shot by the names alone.
-
-    options.templates is a file of prompts, or None for TEMPLATES. Raises UserError.
-    """
+    """Classifies the pictures in options.zero_shot's folders by their names. Raises UserError."""
     folder = options.zero_shot
     templates = read_templates(options.templates) if options.templates else TEMPLATES
     if not find_pictures(folder):
         raise UserError(f"{folder} holds no picture; it needs a folder of pictures for each class")
-    inner = (place for place in folder.iterdir() if place.is_dir() and place.name[0] != ".")
-    found = {place: find_pictures(place) for place in sorted(inner)}
+    inner = sorted(place for place in folder.iterdir() if place.is_dir() and place.name[0] != ".")
+    folder_of = {path: place for place in inner for path in find_pictures(place)}
     too_few = UserError(f"{folder} needs two class folders with readable pictures or more")
-    if sum(map(bool, found.values())) < 2:
+    if len({*folder_of.values()}) < 2:
         raise too_few
-    paths = [path for pictures in found.values() for path in pictures]
-    images, kept = embed_pictures(trained, paths, options.workers)
-    places = [place for place, pictures in found.items() if not set(kept).isdisjoint(pictures)]
-    if empty := [place.name for place in found if place not in places]:
+    images, kept = embed_pictures(trained, list(folder_of), options.workers)
+    places = sorted({folder_of[path] for path in kept})
+    if empty := [place.name for place in inner if place not in places]:
         warn(f"class folders without a readable picture are left out: {', '.join(empty)}")
     if len(places) < 2:
         raise too_few
     classes = class_names(places, trained)
-    class_of = {path: i for i, place in enumerate(places) for path in found[place]}
     texts = class_embeddings(trained, classes, templates)
     scores = images.astype(np.float64) @ texts.T.astype(np.float64)
-    return ZeroShot(scores, np.array([class_of[path] for path in kept]), classes)
+    return ZeroShot(scores, np.array([places.index(folder_of[path]) for path in kept]), classes)
 
 
 def evaluate_zero_shot(trained: Trained, options: Namespace) -> dict[str, Any]:
     """Prints the accuracies on the folder options.zero_shot and returns them. Raises UserError."""
     result = zero_shot(trained, options)
-    metrics, chance = result.metrics(), 100 / len(result.classes)
-    counts = np.bincount(result.truth)
+    metrics = result.metrics()
+    counts, chance = np.bincount(result.truth), metrics["chance"]
     for count, (name, accuracy) in zip(counts, metrics["per_class"].items(), strict=True):
         print(f"{name:24}{accuracy:6.1f}%  of {count:,}")
     print(

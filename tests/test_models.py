@@ -31,7 +31,7 @@ from support.checkpoint import FORMAT, fill_from, load_checkpoint, save_checkpoi
 from support.command import UserError
 from support.device import choose_device, choose_precision
 from support.options import ALL, config_of
-from towers.bag import TextBag
+from towers.text import TextBag
 
 
 def pictures(count: int, seed: int = 0) -> torch.Tensor:

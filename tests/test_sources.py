@@ -16,8 +16,8 @@ from conftest import ROOT, names, pairs, photo, script, write_kaggle, write_phot
 
 import dataset
 from dataset import CaptionedImages, load_dataset
+from sources.folder import choose_splits
 from sources.layouts import Row
-from sources.splits import choose_splits
 from support.command import UserError
 
 N = 6
@@ -426,7 +426,7 @@ def test_split_by_caption_with_flickr8k_names_uses_the_official_lists(tmp_path, 
 
 
 def test_without_the_shipped_lists_of_flickr8k(tmp_path, load, monkeypatch):
-    monkeypatch.setattr("sources.splits.OFFICIAL", tmp_path / "taken away")
+    monkeypatch.setattr("sources.folder.OFFICIAL", tmp_path / "taken away")
     write_course(tmp_path / "data")
     assert load(tmp_path / "data", "given").splits == "given"
 
@@ -486,10 +486,10 @@ def test_official_split_is_only_for_flickr8k(photos, load):
 def test_pictures_of_one_official_list_are_split_by_the_seed(tmp_path):
     """Such a part of Flickr8k would have no test images."""
     rows = [Row(name, "words") for name in sorted(official("train")[:16])]
-    labelled = choose_splits("auto", rows, [row.image for row in rows], tmp_path)
+    labelled = choose_splits("auto", rows, tmp_path)
     assert labelled.way == "random" and labelled.labels.count("test") == 2
     with pytest.raises(UserError, match="not Flickr8k's"):
-        choose_splits("official", rows, [row.image for row in rows], tmp_path)
+        choose_splits("official", rows, tmp_path)
 
 
 def test_random_split(photos, load):
@@ -504,13 +504,13 @@ def test_random_split(photos, load):
     assert test not in (sorted(labels)[:5], sorted(labels)[-5:])  # drawn, not cut off
 
 
-def test_own_lists_count_as_the_layouts_split(photos, load):
+def test_own_lists_count_as_the_layouts_split(photos, load, capsys):
     parts = {"train": names(40)[:20], "dev": names(40)[20:28], "test": names(40)[28:38]}
     for part, chosen in parts.items():
         (photos / f"Flickr_8k.{part}Images.txt").write_bytes("\r\n".join(chosen).encode())
     for choice in ("auto", "given"):
         data = load(photos, choice)
-        assert data.splits == "given" and data.remarks == []
+        assert data.splits == "given" and capsys.readouterr().err == ""
         for part, chosen in parts.items():
             assert [data.names[i] for i in data.pairs(part).rows] == chosen
         assert "in no split 2/10" in data.summary()
@@ -552,7 +552,7 @@ def test_a_split_of_some_captions_is_that_of_their_image(tmp_path):
     """Of an image's two captions only one is in a list; the image is not torn by that."""
     rows = [Row("a", "1", "train"), Row("a", "2"), Row("b", "3"), Row("b", "4", "test")]
     rows += [Row("c", "5", "dev"), Row("d", "6")]
-    labelled = choose_splits("auto", rows, ["a", "b", "c", "d"], tmp_path)
+    labelled = choose_splits("auto", rows, tmp_path)
     assert labelled.labels == ["train", "train", "test", "test", "dev", ""]
     assert labelled.way == "given" and not labelled.remarks and not labelled.by_caption
 
@@ -570,10 +570,10 @@ def test_a_split_of_some_captions_is_that_of_their_image(tmp_path):
 def test_what_a_layout_lacks_is_filled_from_what_it_has(tmp_path, splits, used):
     labels = [split for split, count in splits.items() for _ in range(count)]
     rows = [Row(f"{row:05}", "words", label) for row, label in enumerate(labels)]
-    labelled = choose_splits("given", rows, [row.image for row in rows], tmp_path)
+    labelled = choose_splits("given", rows, tmp_path)
     assert Counter(labelled.labels) == used
     assert bool(labelled.remarks) == (used != splits) and len(labelled.remarks) <= 1
-    again = choose_splits("given", rows, [row.image for row in rows], tmp_path)
+    again = choose_splits("given", rows, tmp_path)
     assert again == labelled
 
 

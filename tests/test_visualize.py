@@ -15,6 +15,7 @@ import evaluate
 import train
 import visualize
 from evaluate import retrieval_metrics, retrieval_ranks
+from sources.pictures import decode
 from support import figures
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command import UserError
@@ -230,6 +231,34 @@ def test_a_folder_of_the_users_own_pictures(draw, tmp_path, capsys):
     out = capsys.readouterr()
     assert "1 of 4 pictures cannot be read" in out.err
     assert "--top-k 5: there are 3" in out.err  # so the one in the subfolder was found
+
+
+def test_pictures_of_a_folder_keep_their_names(model_file, tmp_path):
+    """Names, pictures and embeddings are in one order, without the unreadable ones."""
+    for number in range(5):
+        photo(7 * number).save(tmp_path / f"{number}.png")
+    (tmp_path / "1.png").write_bytes(b"broken")
+    trained = visualize.load_trained([model_file], "cpu")
+    options = SimpleNamespace(images=tmp_path, workers=0, checkpoint=[model_file])
+    pool = visualize.embed_folder(trained, options)
+    assert sorted(pool.names) == ["0.png", "2.png", "3.png", "4.png"]
+    for i, name in enumerate(pool.names):
+        assert pool.picture(i) == Image.open(tmp_path / name).convert("RGB")
+        pixels = decode(tmp_path / name, trained.members[0].transform["stored_size"])
+        alone = trained.embed_pixels(lambda _size, pixels=pixels: pixels[None])[0]
+        np.testing.assert_allclose(pool.embeddings[i], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(("trained_so", "data_so"), [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_a_split_by_caption_is_marked(model_file, trained_so, data_so):
+    """Whether the run was trained on such a split, or these figures are of one."""
+    content = {**load_checkpoint(model_file), "split_by_caption": bool(trained_so)}
+    trained = evaluate.Trained(model_file, [content], [])
+    footer = visualize.origin(
+        trained, SimpleNamespace(checkpoint=[]), SimpleNamespace(by_caption=bool(data_so))
+    )
+    assert footer.endswith("; SPLIT BY CAPTION: flatters") == bool(trained_so or data_so)
+    assert footer.startswith("checkpoint odd/best.pt, epoch")
 
 
 def test_zero_shot_confusion(draw, tmp_path):

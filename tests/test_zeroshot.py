@@ -59,7 +59,7 @@ def test_zero_shot(run, classes, capsys):
     assert "class 'blue zeppelin': zeppelin never stood in the training captions" in err
     assert err.count("warning:") == 3
     assert found["chance"] == pytest.approx(100 / 6) and found["pictures"] == 18
-    assert found["per_class"].keys() == {"blue zeppelin", *(set(COLOURS) - {"blue"})}
+    assert list(found["per_class"]) == ["blue zeppelin", *sorted(set(COLOURS) - {"blue"})]
     mean = sum(found["per_class"].values()) / 6  # as many pictures each
     assert found["zero_shot_top1"] == pytest.approx(mean)
     assert found["zero_shot_top1"] <= found["zero_shot_top5"] <= 100

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dataset import PAD
 from models import CLIP
-from sources.pictures import DECODER, cached_folder, check_space, write_header
+from sources.pictures import DECODER, cached_folder, write_header
 from support.command import UserError
 from support.device import AUTOCAST
 
@@ -195,9 +195,7 @@ def write_features(
             views = pairs.images.views(slice(first, first + 32), transform, model.device)
             batch = np.stack([stored(blocks(view)) for view in views], 1)
             if first == 0:
-                shape = (count, *batch.shape[1:])
-                check_space(folder, 2 * int(np.prod(shape)))
-                write_header(file, shape, np.float16)
+                write_header(file, (count, *batch.shape[1:]), np.float16)
             file.write(batch.tobytes())
             bar.update(len(batch))
 

@@ -1,14 +1,14 @@
-"""BERTs as text towers, MiniLM above all, with their tokenizer and their weights.
+"""BERTs as text towers, MiniLM above all, with tokenizer and weights; and a bag of words.
 
-train.py asks for the folder of the weights first (`folder_of`, `read_folder`): the architecture and
-the vocabulary stand in it, and travel in the checkpoint. models.py builds and fills the tower.
+train.py asks for `tokenizer_for` first: architecture and vocabulary stand in the folder of the
+weights, and travel in the checkpoint. models.py builds and fills the tower.
 """
 
-from __future__ import annotations
-
 import json
+from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,25 +16,42 @@ from torch import nn
 from dataset import PAD, Tokenizer, padded
 from support.checkpoint import NOT_A_CHECKPOINT, first_line
 from support.command import UserError
-from towers.weights import package_folder
-
-if TYPE_CHECKING:
-    from argparse import Namespace
-    from collections.abc import Callable
-    from types import ModuleType
-
-    Pooled = tuple[tuple[int, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]], ...]
+from towers.image import package_folder
 
 ARCHITECTURE = (  # what of a folder's config.json says how a BERT is built
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "layer_norm_eps",
-)
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "max_position_embeddings", "type_vocab_size", "layer_norm_eps",
+)  # fmt: skip
+
+
+class TextBag(nn.Module):
+    """A mean of word embeddings, in which each word has a learned weight; their order is lost.
+
+    Dropout leaves out whole words, never the first token.
+    """
+
+    def __init__(self, vocabulary_size: int, width: int, dropout: float):
+        super().__init__()
+        self.words = nn.Embedding(vocabulary_size, width)
+        self.scores = nn.Embedding(vocabulary_size, 1)
+        nn.init.normal_(self.words.weight, std=0.1)
+        nn.init.zeros_(self.scores.weight)
+        self.width, self.dropout = width, dropout
+
+    def blocks(self) -> list[nn.Module]:
+        return [self]
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (B, L), 0 where padded -> features (B, width)."""
+        counted = tokens != PAD
+        if self.training:
+            counted &= torch.rand(tokens.shape, device=tokens.device) >= self.dropout
+            counted[:, 0] = True
+        weights = self.scores(tokens)[..., 0].masked_fill(~counted, float("-inf")).softmax(1)
+        return (weights[..., None] * self.words(tokens)).sum(1)
+
+
+# -------------------------------------------------------------------------- the BERT towers
 
 
 def import_transformers() -> ModuleType:
@@ -80,33 +97,32 @@ class WordPieces:
         return padded(ids[:-1][:last] + ids[-1:] for ids in encoded)
 
 
+# From states (B, L, width) and `real` (B, L), False where padded, to one vector a text, (B, width).
+
+
 def mean_of(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """states (B, L, width), real (B, L), False where padded -> (B, width)."""
     return states.masked_fill(~real[..., None], 0.0).sum(1) / real.sum(1, keepdim=True)
 
 
 def max_of(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """states (B, L, width), real (B, L), False where padded -> (B, width)."""
     return states.masked_fill(~real[..., None], float("-inf")).amax(1)
 
 
 def first_of(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """states (B, L, width) -> (B, width): that of [CLS]."""
-    return states[:, 0]
+    return states[:, 0]  # that of [CLS]
 
 
 class TextBERT(nn.Module):
     """A BERT of the transformers package; a text's feature is some pooled layers side by side."""
 
-    def __init__(self, options: Namespace, vocabulary_size: int, pooled: Pooled):
-        """options.text_architecture: BertConfig's arguments; raises UserError for long texts."""
+    def __init__(self, options: Namespace, vocabulary_size: int, pooled: tuple):
+        """pooled: (layer, one of the functions above) each; raises UserError for long texts."""
         super().__init__()
         longest = options.text_architecture["max_position_embeddings"]
         if options.max_tokens > longest:
             raise UserError(f"--max-tokens: a {options.text_tower} reads at most {longest}")
-        architecture = {**options.text_architecture, "vocab_size": vocabulary_size}
         transformers = import_transformers()
-        shape = transformers.BertConfig(**architecture)
+        shape = transformers.BertConfig(**options.text_architecture, vocab_size=vocabulary_size)
         self.bert = transformers.BertModel(shape, add_pooling_layer=False)
         self.pooled, self.width = pooled, shape.hidden_size * len(pooled)
 
@@ -133,8 +149,11 @@ def bert(options: Namespace, vocabulary_size: int) -> TextBERT:
     return TextBERT(options, vocabulary_size, ((-1, first_of),))
 
 
+# --------------------------------------------------------------------------- their weights
+
+
 def folder_of(name: str, weights: str) -> Path:
-    """The folder of a pretrained text tower, or the one that the user names. Raises UserError.
+    """The folder that --text-weights names, or the pretrained one of the tower. Raises UserError.
 
     `none` gives the pretrained one too, for its architecture and its vocabulary.
     """
@@ -167,16 +186,26 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], list[str], bool]:
             raise ValueError(f"its model_type is {config['model_type']}")
         path = folder / "tokenizer_config.json"
         settings = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        lower_case = bool(settings.get("do_lower_case", True))
+        return architecture, vocabulary, bool(settings.get("do_lower_case", True))
     except (OSError, *NOT_A_CHECKPOINT) as error:
         raise UserError(
             f"--text-weights {folder} is not the folder of a BERT, with config.json, vocab.txt and "
             f"model.safetensors: {first_line(error)}"
         ) from error
-    return architecture, vocabulary, lower_case
 
 
-def load_weights(tower: TextBERT, folder: Path) -> None:
+def tokenizer_for(options: Namespace) -> WordPieces:
+    """The tokenizer of the folder that options.text_weights means. Raises UserError.
+
+    Notes in options what a checkpoint needs to rebuild the tower: its architecture, and whether it
+    reads lower case.
+    """
+    folder = folder_of(options.text_tower, options.text_weights)
+    options.text_architecture, vocabulary, options.text_lower_case = read_folder(folder)
+    return WordPieces(vocabulary, options.max_tokens, options.text_lower_case)
+
+
+def load_bert(tower: TextBERT, folder: Path) -> None:
     """Loads a folder in the hub's format into a BERT tower. Raises UserError."""
     transformers = import_transformers()
     try:
@@ -189,14 +218,3 @@ def load_weights(tower: TextBERT, folder: Path) -> None:
     except Exception as error:  # the readers of its formats each have errors of their own
         reason = first_line(error)
         raise UserError(f"--text-weights {folder} cannot be read as a BERT: {reason}") from error
-
-
-def tokenizer_for(options: Namespace) -> WordPieces:
-    """The tokenizer of the folder that options.text_weights means.
-
-    Notes in options what a checkpoint needs to rebuild the tower: its architecture, and whether it
-    reads lower case. Raises UserError.
-    """
-    folder = folder_of(options.text_tower, options.text_weights)
-    options.text_architecture, vocabulary, options.text_lower_case = read_folder(folder)
-    return WordPieces(vocabulary, options.max_tokens, options.text_lower_case)
