@@ -76,7 +76,12 @@ def run_recipe(
     """
     if not (out / "recipe.txt").is_file():
         said = {flag: x for flag, x in typed.items() if flag not in OF_THE_MACHINE}
-        runs = [(name, as_words(suited(parser.typed(words), said) | said)) for name, words in runs]
+        for place, (name, words) in enumerate(runs):
+            flags = parser.typed(words)
+            flags = {"data": parser.defaults()["data"], **suited(flags, said), **said}
+            if flags["data"] != "shapes":  # from wherever it is resumed
+                flags["data"] = str(Path(flags["data"]).resolve())
+            runs[place] = name, as_words(flags)
         with atomic_write(out / "recipe.txt") as temporary:
             lines = [f"{name}: {shlex.join(words)}\n" for name, words in runs]
             temporary.write_text("".join(lines), "utf-8")
@@ -98,10 +103,8 @@ def run_recipe(
             return code
     members = [name for name, _ in runs if name not in begun]
     contents = [load_checkpoint(out / name / "best.pt") for name in members]
-    several = len(members) > 1
-    save_checkpoint(out / "best.pt", {"members": contents} if several else contents[0])
-    names = " and ".join(members) + (" side by side" if several else "")
-    print(f"wrote {out / 'best.pt'} ({names})")
+    save_checkpoint(out / "best.pt", {"members": contents} if members[1:] else contents[0])
+    print(f"wrote {out / 'best.pt'} ({' side by side with '.join(members)})")
     return 0
 
 

@@ -92,7 +92,8 @@ def test_encoding_padding_and_cutting():
 def test_tokens_count_what_is_cut_once(photos, load):
     data = load(photos)
     short = Tokenizer(data.pairs().tokenizer.vocabulary, 6)
-    for split in (data.pairs("train", short), data.pairs("train", short)):
+    split = data.pairs("train", short)
+    for _ in range(2):
         tokens = split.texts.tokens
     too_long = sum(len(Tokenizer.words(text)) > 4 for text in split.captions)
     assert 0 < too_long == short.cut and tokens.shape == (150, 6)

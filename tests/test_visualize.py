@@ -289,10 +289,30 @@ def test_nothing_half_written_when_drawing_fails(tmp_path):
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 40])
-def test_curves(tmp_path, epochs):
-    history = [{"epoch": i + 1, **RECORD} for i in range(epochs)]
+def test_curves(tmp_path, monkeypatch, epochs):
+    """Each line is the column of its label."""
+    drawn, savefig = [], figures.Figure.savefig
+    monkeypatch.setattr(
+        figures.Figure,
+        "savefig",
+        lambda *args, **rest: drawn.append(args[0]) or savefig(*args, **rest),
+    )
+    keys = ["train_loss", "dev_loss", "mean_recall"]
+    keys += [f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
+    history = [
+        {"epoch": i + 1, **{key: 10.0 * place + i % 3 for place, key in enumerate(keys)}}
+        for i in range(epochs)
+    ]
     figures.draw_curves(history, tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size[0] > 800
+    lines = [line for axes in drawn[0].axes for line in axes.get_lines()]
+    curves = [line for line in lines if line.get_label() != "best epoch"]
+    labels = ["train", "dev", "mean of the six below", *["R@1", "R@5", "R@10"] * 2]
+    assert [line.get_label() for line in curves] == labels
+    for line, key in zip(curves, keys, strict=True):
+        assert line.get_xdata().tolist() == list(range(1, epochs + 1))
+        assert list(line.get_ydata()) == [record[key] for record in history]
+    assert {min(epochs, 3)} == {x for line in lines[2:3] for x in line.get_xdata()}
 
 
 def test_top_k_is_a_prefix_with_ties_by_position_and_nan_last():
