@@ -146,3 +146,11 @@ def test_requirements():
     assert names["requirements"] == seven
     files = {name for name in names["requirements-dev"] if name.startswith("-r ")}
     assert files == {f"-r {name}.txt" for name in names if name != "requirements-dev"}
+
+
+def test_a_run_stands_in_one_group():
+    """A second run of the same name would take the first one's place in every table."""
+    groups = {}
+    for row in tables.read("runs.csv"):
+        groups.setdefault((row["run"], row["split"]), set()).add(row["group"])
+    assert not {run: found for run, found in groups.items() if len(found) > 1}
