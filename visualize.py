@@ -10,8 +10,7 @@ import support.python  # noqa: F401  refuses a Python that is too old, before al
 
 # isort: split
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,6 +26,8 @@ from support.checkpoint import load_checkpoint
 from support.command import Parser, UserError, later, number, run, warn
 from support.embedding import Trained, load_trained, trained_on
 from support.figures import GREEN, GREY, INK, PALETTE, RED, canvas, draw_curves, wrapped, write
+from support.hits import Hit, check_queries, cosine, find
+from support.topics import topics
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -104,11 +105,6 @@ def sample_pairs(pairs: Pairs, count: int, seed: int) -> tuple[np.ndarray, np.nd
     return images, shuffled[first_captions(pairs.caption_image[shuffled])][images]
 
 
-def cosine(queries: np.ndarray, pool: np.ndarray) -> np.ndarray:
-    """Unit-length (Q, D) and (N, D) -> float64 (Q, N)."""
-    return queries.astype(np.float64) @ pool.T.astype(np.float64)
-
-
 def draw_similarity(path: Path, embedded: Embedded, seed: int, footer: str) -> None:
     """Draws the cosines of 48 images and captions at most; the pairs are the diagonal."""
     images, captions = sample_pairs(embedded.pairs, 48, seed)
@@ -120,32 +116,6 @@ def draw_similarity(path: Path, embedded: Embedded, seed: int, footer: str) -> N
         axes = figure.subplots()
         axes.set(xlabel="caption (number of its pair)", ylabel="image (number of its pair)")
         figure.colorbar(axes.imshow(cosines), label="cosine similarity (no unit)")
-
-
-COLOURS = "black white red blue green yellow brown orange pink purple gray grey tan blond blonde"
-
-
-def topics(texts: list[str], seed: int, most: int = 8) -> tuple[np.ndarray, list[str]]:
-    """Sorts texts by NMF over TF-IDF: (topic of each, -1 if it has no words; topics' names)."""
-    from sklearn.decomposition import NMF
-    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
-
-    ignored = sorted({*ENGLISH_STOP_WORDS, *COLOURS.split()})
-    words = TfidfVectorizer(stop_words=ignored, token_pattern=r"[^\W\d_]{2,}", sublinear_tf=True)
-    try:
-        table = words.fit_transform(texts)
-    except ValueError:  # no word is left: "empty vocabulary"
-        return np.full(len(texts), -1), []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it has not converged does not matter here
-        model = NMF(min(most, *table.shape), init="nndsvda", random_state=seed, max_iter=300)
-        weights = model.fit_transform(table)
-    vocabulary, names = words.get_feature_names_out(), []
-    for strength in model.components_:
-        first, *rest = vocabulary[np.argsort(-strength, kind="stable")[:9]]
-        others = [word for word in rest if not (word.startswith(first) or first.startswith(word))]
-        names.append(", ".join([first, *others[:1]]))  # "dog, snow" tells more than "dog, dogs"
-    return np.where(weights.max(1) > 0, weights.argmax(1), -1), names
 
 
 def draw_tsne(path: Path, embedded: Embedded, seed: int, footer: str) -> None:
@@ -180,34 +150,6 @@ def draw_tsne(path: Path, embedded: Embedded, seed: int, footer: str) -> None:
         key = "● image   ▲ its caption\n— a pair\n\nTopic of the captions\n(and its images)"
         axes.legend(title=key, loc="upper left", bbox_to_anchor=(1.01, 1), alignment="left")
         axes.set(xlabel="t-SNE dimension 1 (no unit)", ylabel="t-SNE dimension 2 (no unit)")
-
-
-class Hit(NamedTuple):
-    """One result: rank from 1, position in the pool, cosine, whether it is the query's own."""
-
-    rank: float
-    position: int
-    score: float
-    true: bool
-
-
-def top_k(scores: np.ndarray, k: int) -> np.ndarray:
-    """The positions of the best of scores (N,), ties by position: a prefix of any longer list."""
-    rounded = np.where(np.isfinite(scores), scores, -np.inf).round(12)  # equal within evaluate.TIE
-    return np.argsort(-rounded, kind="stable")[:k]
-
-
-def find(
-    query: np.ndarray, pool: np.ndarray, k: int, true: Sequence[int] = (), rank: float = np.nan
-) -> list[Hit]:
-    """The top `k` of `pool` (N, D), best first; then the best `true` one if none is among them."""
-    scores = cosine(query[None], pool)[0]
-    order = top_k(scores, k).tolist()
-    hits = [Hit(place, i, scores[i], i in true) for place, i in enumerate(order, 1)]
-    if len(true) and not any(hit.true for hit in hits):
-        best = true[top_k(scores[list(true)], 1)[0]]
-        hits.append(Hit(rank, best, scores[best], True))
-    return hits
 
 
 def extreme_cases(embedded: Embedded, count: int) -> list[list[int]]:
@@ -332,20 +274,6 @@ def draw_split(trained: Trained, options: Namespace) -> None:
     rows = [text_row(embedded, pictures, i, 2) for i in best]
     rows += [text_row(embedded, pictures, i, 1) for i in worst]
     write(out / "grid_best_worst.png", draw_grid, title, footer, rows)
-
-
-def check_queries(queries: list[str], trained: Trained) -> None:
-    """Raises UserError for a query of the user's that the model cannot understand."""
-    for query in queries:
-        words = [w for w in trained.members[0].tokenizer.words(query) if any(map(str.isalnum, w))]
-        if not words:
-            raise UserError(f"--query {query!r} holds no word; describe a picture")
-        unknown = [word for word in words if word in trained.unknown(query)]
-        message = f"--query {query!r}: {', '.join(unknown)} never stood in the training captions"
-        if len(unknown) == len(words):
-            raise UserError(f"{message} (or too seldom); use other words")
-        if unknown:
-            warn(f"{message} (or too seldom); the rest of the query decides")
 
 
 def draw_search(trained: Trained, options: Namespace) -> None:

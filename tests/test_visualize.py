@@ -17,6 +17,7 @@ import visualize
 from evaluate import retrieval_metrics, retrieval_ranks
 from sources.pictures import decode
 from support import figures
+from support.hits import top_k
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command import UserError
 
@@ -317,11 +318,11 @@ def test_curves(tmp_path, monkeypatch, epochs):
 
 def test_top_k_is_a_prefix_with_ties_by_position_and_nan_last():
     scores = np.array([0.1, np.nan, 0.5, 0.5, np.inf, 0.5 + 1e-14, -0.9])
-    order = visualize.top_k(scores, 7).tolist()
+    order = top_k(scores, 7).tolist()
     assert order == [2, 3, 5, 0, 6, 1, 4]
-    assert all(visualize.top_k(scores, k).tolist() == order[:k] for k in range(8))
+    assert all(top_k(scores, k).tolist() == order[:k] for k in range(8))
     ties = np.random.default_rng(0).integers(0, 5, 100) / 5
-    assert visualize.top_k(ties, 15)[:5].tolist() == visualize.top_k(ties, 5).tolist()
+    assert top_k(ties, 15)[:5].tolist() == top_k(ties, 5).tolist()
 
 
 def test_the_true_one_is_marked_inside_top_k_and_follows_outside():

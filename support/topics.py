@@ -1,0 +1,33 @@
+"""The topics that texts speak of, found in the texts themselves.
+
+visualize.py colours t-SNE by them, and its page of predictions is filtered by them.
+"""
+
+import warnings
+
+import numpy as np
+
+COLOURS = "black white red blue green yellow brown orange pink purple gray grey tan blond blonde"
+
+
+def topics(texts: list[str], seed: int, most: int = 8) -> tuple[np.ndarray, list[str]]:
+    """Sorts texts by NMF over TF-IDF: (topic of each, -1 if it has no words; topics' names)."""
+    from sklearn.decomposition import NMF
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
+
+    ignored = sorted({*ENGLISH_STOP_WORDS, *COLOURS.split()})
+    words = TfidfVectorizer(stop_words=ignored, token_pattern=r"[^\W\d_]{2,}", sublinear_tf=True)
+    try:
+        table = words.fit_transform(texts)
+    except ValueError:  # no word is left: "empty vocabulary"
+        return np.full(len(texts), -1), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it has not converged does not matter here
+        model = NMF(min(most, *table.shape), init="nndsvda", random_state=seed, max_iter=300)
+        weights = model.fit_transform(table)
+    vocabulary, names = words.get_feature_names_out(), []
+    for strength in model.components_:
+        first, *rest = vocabulary[np.argsort(-strength, kind="stable")[:9]]
+        others = [word for word in rest if not (word.startswith(first) or first.startswith(word))]
+        names.append(", ".join([first, *others[:1]]))  # "dog, snow" tells more than "dog, dogs"
+    return np.where(weights.max(1) > 0, weights.argmax(1), -1), names
