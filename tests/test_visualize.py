@@ -17,9 +17,9 @@ import visualize
 from evaluate import retrieval_metrics, retrieval_ranks
 from sources.pictures import decode
 from support import figures
-from support.hits import top_k
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command import UserError
+from support.hits import top_k
 
 COUNT = 24
 ODD = ("costs $5 or $\\alpha_{", "a dog \U0001f415 \x07\x1b[31m 犬", "x" * 300)
