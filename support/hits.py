@@ -49,15 +49,28 @@ def find(
     return hits
 
 
+def check_query(query: str, trained: Trained) -> str:
+    """What to know of a text that the model understands in part, "" of one that it understands.
+
+    Raises UserError for one that it cannot understand.
+    """
+    words = [w for w in trained.members[0].tokenizer.words(query) if any(map(str.isalnum, w))]
+    if not words:
+        raise UserError(f"{query!r} holds no word; describe a picture")
+    strange = trained.unknown(query)
+    unknown = [word for word in words if word in strange]
+    remark = f"{query!r}: {', '.join(unknown)} never stood in the training captions"
+    if len(unknown) == len(words):
+        raise UserError(f"{remark} (or too seldom); use other words")
+    return f"{remark} (or too seldom); the rest of the query decides" if unknown else ""
+
+
 def check_queries(queries: list[str], trained: Trained) -> None:
-    """Raises UserError for a query of the user's that the model cannot understand."""
+    """Raises UserError for a --query that the model cannot understand, warns of one in part."""
     for query in queries:
-        words = [w for w in trained.members[0].tokenizer.words(query) if any(map(str.isalnum, w))]
-        if not words:
-            raise UserError(f"--query {query!r} holds no word; describe a picture")
-        unknown = [word for word in words if word in trained.unknown(query)]
-        message = f"--query {query!r}: {', '.join(unknown)} never stood in the training captions"
-        if len(unknown) == len(words):
-            raise UserError(f"{message} (or too seldom); use other words")
-        if unknown:
-            warn(f"{message} (or too seldom); the rest of the query decides")
+        try:
+            remark = check_query(query, trained)
+        except UserError as error:
+            raise UserError(f"--query {error}") from error
+        if remark:
+            warn(f"--query {remark}")
