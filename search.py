@@ -32,7 +32,6 @@ from support.zeroshot import find_pictures
 
 SAMPLE = 500  # unrelated captions, by whose best scores a query's best is judged
 LOOSE = 5_000  # so many training captions are offered to pictures that have none of their own
-SHOWN = 1024  # pixels: a JPEG is decoded to this much or a little more
 SPLITS = ("all", "test", "dev", "train")
 
 
@@ -82,7 +81,9 @@ def folder_shelf(models: dict[str, CLIP], captions: list[str], options: Namespac
     images = {name: part[read] for name, part in images.items()}
     title, owner = f"{len(paths):,} pictures of {folder}", np.full(len(captions), -1)
     names = [str(path) for path in paths]
-    return Shelf(title, names, lambda i: open_picture(paths[i], SHOWN), images, captions, owner, {})
+    return Shelf(
+        title, names, lambda i, size: open_picture(paths[i], size), images, captions, owner, {}
+    )
 
 
 def dataset_shelf(
@@ -102,9 +103,9 @@ def dataset_shelf(
         names = [str(dataset.paths[i].resolve()) for i in rows]
     captions = [dataset.captions[i] for i in np.flatnonzero(chosen)]
 
-    def picture(i: int) -> Image.Image:
+    def picture(i: int, size: int) -> Image.Image:
         return (
-            open_picture(dataset.paths[rows[i]], SHOWN)
+            open_picture(dataset.paths[rows[i]], size)
             if dataset.paths
             else dataset.picture(rows[i])
         )

@@ -32,7 +32,7 @@ class Shelf(NamedTuple):
 
     title: str
     names: list[str]  # whole paths, where the pictures are files
-    picture: Callable[[int], Image.Image]  # in its own size
+    picture: Callable[[int, int], Image.Image]  # (position, pixels): not much larger than that
     images: dict[str, np.ndarray]  # (N, D) each
     captions: list[str]
     owner: np.ndarray  # the position of each caption's picture, -1 for none
