@@ -9,7 +9,6 @@ from __future__ import annotations
 import support.python  # noqa: F401  refuses a Python that is too old, before all else
 
 # isort: split
-import json
 import math
 import sys
 from argparse import Namespace
@@ -22,13 +21,20 @@ import torch
 from dataset import CaptionedImages, Pairs, add_data_flags, load_dataset
 from loss import info_nce
 from models import CLIP
-from support.command import Parser, UserError, atomic_write, later, run, warn
+from support.command import Parser, UserError, later, run, warn
 from support.device import keep_memory
 from support.embedding import Trained, embed_pairs, load_trained, side_by_side, trained_on
+from support.results import (
+    KS,
+    metrics_table,
+    protocol_line,
+    protocol_of,
+    save_embeddings,
+    write_json,
+)
 
 # ------------------------------------------------------------------------- ranks and recalls
 
-KS = (1, 5, 10)
 # Scores are float64 products of float32 vectors, so equal vectors differ by less than this.
 TIE = 1e-12
 
@@ -172,6 +178,9 @@ def contrastive_loss(embedded: Embedded, scale: float, batch_size: int) -> float
 # What else is reported of a kind of data, and the features (kept, with words) it is measured on.
 REPORTS = {"posters": later("posters.report", "evaluate_films")}
 FEATURES = later("posters.words", "features_for_evaluation")
+# report/ stands above this file: what was predicted, and what that says of the model.
+PREDICTIONS = later("report.predictions", "write_predictions")
+ANALYSIS = later("report.analysis", "analyse")
 
 
 def load_data_for(trained: Trained, options: Namespace) -> tuple[CaptionedImages, Pairs]:
@@ -208,57 +217,6 @@ def evaluate_trained(
     return ranked(pairs, side_by_side(images), side_by_side(texts))
 
 
-def protocol_of(dataset: CaptionedImages, pairs: Pairs) -> dict[str, Any]:
-    """What a figure must be read with: pool sizes, the split and how ranks are counted."""
-    per_image = np.bincount(pairs.caption_image)
-    return {
-        "data": dataset.path,
-        "split": pairs.name,
-        "splits": dataset.splits,
-        "split_by_caption": dataset.by_caption,
-        "images": len(pairs.rows),
-        "captions": len(pairs),
-        "captions_per_image": [int(per_image.min()), int(per_image.max())],
-        "i2t": "rank of the best of the image's captions among all captions",
-        "t2i": "rank of the caption's image among all images",
-        "ties": "lost",
-        "interval": "95%, bootstrap over images, 1000 resamples",
-        "fingerprint": dataset.fingerprint,
-    }
-
-
-def protocol_line(protocol: dict[str, Any]) -> str:
-    low, high = protocol["captions_per_image"]
-    each = f"{low}" if low == high else f"{low} to {high}"
-    line = (
-        f"protocol: {protocol['images']:,} images x {each} captions = {protocol['captions']:,}, "
-        f"{protocol['splits']} {protocol['split']} split; i2t counts the best of an image's "
-        "captions; ties lose; percent; ranks from 1; 95% bootstrap intervals over images"
-    )
-    if protocol["split_by_caption"]:
-        line += "; WARNING: the split is by caption, test images were trained on"
-    return line
-
-
-def metrics_table(metrics: dict[str, float], intervals: dict[str, list[float]]) -> str:
-    """The figures as lines of text."""
-
-    def cell(key: str) -> str:
-        low, high = intervals[key]
-        return f"{metrics[key]:5.1f} [{low:4.1f}, {high:4.1f}]"
-
-    lines = [f"{'':6}" + "".join(f"{f'R@{k}':<20}" for k in KS) + f"{'medr':>8}{'meanr':>9}"]
-    for way in ("i2t", "t2i"):
-        cells = "".join(f"{cell(f'{way}_r{k}'):<20}" for k in KS)
-        ranks = f"{metrics[f'{way}_medr']:8.1f}{metrics[f'{way}_meanr']:9.1f}"
-        lines.append(f"{way:6}{cells}{ranks}")
-    lines.append(
-        f"rsum {cell('rsum')}, mean recall {cell('mean_recall')}; top-1 of N x N, one caption an "
-        f"image: i2t {metrics['top1_i2t']:.1f}, t2i {metrics['top1_t2i']:.1f}"
-    )
-    return "\n".join(lines)
-
-
 def add_model_flags(parser: Parser) -> None:
     """The flags that evaluate.py and visualize.py share."""
     text = "one, or several side by side (default: the newest checkpoints/*/best.pt)"
@@ -269,26 +227,6 @@ def add_model_flags(parser: Parser) -> None:
     flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     flag("--zero-shot", type=Path, metavar="FOLDER", help="classify a folder of class folders")
     flag("--templates", type=Path, metavar="FILE", help="prompts, one a line, {} for the class")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", "utf-8")
-    print(f"wrote {path}")
-
-
-def save_embeddings(file: Path, embedded: Embedded, dataset: CaptionedImages) -> None:
-    """Writes plain arrays that np.load reads without pickle."""
-    with atomic_write(file) as temporary, temporary.open("wb") as opened:
-        np.savez(
-            opened,
-            image_embeddings=embedded.image_embeddings,
-            text_embeddings=embedded.text_embeddings,
-            image_names=np.array([dataset.names[i] for i in embedded.pairs.rows]),
-            captions=np.array(embedded.pairs.captions),
-            caption_image=embedded.pairs.caption_image,
-        )
-    print(f"wrote {file}")
 
 
 def measure(trained: Trained, options: Namespace) -> dict[str, Any]:
@@ -302,6 +240,8 @@ def measure(trained: Trained, options: Namespace) -> dict[str, Any]:
         "checkpoint": " ".join(map(str, options.checkpoint or [trained.path])),
     }
     if dataset.kind in REPORTS and options.split == "test":
+        if options.predictions or options.analysis:
+            raise UserError("--predictions and --analysis go with --split dev or train of films")
         figures = REPORTS[dataset.kind](trained, dataset, options, sys.modules[__name__])
         ranks = "rank among the group's films, one introduction a film"
         return {**figures, "protocol": {**protocol, "i2t": ranks, "t2i": ranks}}
@@ -318,6 +258,10 @@ def measure(trained: Trained, options: Namespace) -> dict[str, Any]:
         later("posters.report", "report_distances")(distances, options.distance_matrix)
     if options.save_embeddings:
         save_embeddings(options.save_embeddings, embedded, dataset)
+    if options.predictions:
+        PREDICTIONS(options.predictions, embedded)
+    if options.analysis:
+        ANALYSIS(options.analysis, embedded, trained, protocol)
     return {**embedded.metrics, "intervals": intervals, "protocol": protocol}
 
 
@@ -328,13 +272,18 @@ def main(argv: list[str]) -> None:
     flag = parser.add_argument_group("what to write").add_argument
     flag("--json", type=Path, metavar="FILE", help="the figures and the protocol")
     flag("--save-embeddings", type=Path, metavar="FILE.npz", help="plain arrays, without pickle")
+    text = "what each caption and image finds (columns: report/predictions.py)"
+    flag("--predictions", type=Path, metavar="FILE.csv", help=text)
+    flag("--analysis", type=Path, metavar="DIR", help="what it is good and bad at: CSVs, a table")
     text = "D (N x N), float32: minus the cosine; rows are pictures by name, columns their texts"
     flag("--distance-matrix", type=Path, metavar="FILE.npy", help=text)
     options = parser.parse_args(argv)
     if options.templates and not options.zero_shot:
         raise UserError("--templates goes with --zero-shot")
-    if (options.save_embeddings or options.distance_matrix) and options.zero_shot:
-        raise UserError("--save-embeddings and --distance-matrix do not go with --zero-shot")
+    of_pairs = ("save_embeddings", "distance_matrix", "predictions", "analysis")
+    if options.zero_shot and any(getattr(options, name) for name in of_pairs):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in of_pairs)
+        raise UserError(f"{flags} do not go with --zero-shot")
     trained = load_trained(options.checkpoint, options.device)
     if options.zero_shot:
         figures = later("support.zeroshot", "evaluate_zero_shot")(trained, options)

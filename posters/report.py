@@ -18,6 +18,7 @@ from posters.head import PosterHead
 from posters.words import hide_words, read_words
 from support.command import atomic_write, warn
 from support.embedding import trained_on
+from support.results import save_embeddings
 
 if TYPE_CHECKING:
     from dataset import CaptionedImages
@@ -189,5 +190,5 @@ def evaluate_films(
         figures |= {f"heldout_masked_{dim}": value for dim, value in masked.items()}
     print(generalisation_table(figures))
     if options.save_embeddings:
-        evaluate.save_embeddings(options.save_embeddings, embedded, dataset)
+        save_embeddings(options.save_embeddings, embedded, dataset)
     return figures | report_distances(-(images @ texts.T), options.distance_matrix)

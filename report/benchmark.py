@@ -16,11 +16,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project above this folder
 
-from evaluate import write_json
 from sources.pictures import decode_all
 from support.command import number, run
 from support.device import keep_memory
 from support.options import resolve
+from support.results import write_json
 from support.runs import describe, read_recipe
 from train import Run, begin, build_parser, train_epoch
 
