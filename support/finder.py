@@ -146,7 +146,7 @@ class Finder:
             return ""
         return (
             f"nothing here seems to fit {terms[0].text!r}: its best score, {best:.3f}, is what "
-            f"unrelated captions get ({100 - 100 * share:.0f}% of {len(self.usual):,} get more)"
+            f"unrelated captions get ({min(99, 100 - 100 * share):.0f}% of {len(self.usual):,} get more)"
         )
 
     def probabilities(self, picture: np.ndarray, labels: list[str]) -> np.ndarray:

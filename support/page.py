@@ -43,7 +43,7 @@ def require_flask() -> None:
 
 def guard(app: Flask, port: int) -> None:
     """Refuses what does not come from this machine's own page, and answers errors in JSON."""
-    from flask import Response, abort, jsonify, request
+    from flask import abort, jsonify, request
     from werkzeug.exceptions import HTTPException
 
     hosts = {f"{name}:{port}" for name in ("127.0.0.1", "localhost")}
