@@ -27,6 +27,7 @@ from support.command import Parser, UserError, later, number, run, warn
 from support.embedding import Trained, load_trained, trained_on
 from support.figures import GREEN, GREY, INK, PALETTE, RED, canvas, draw_curves, wrapped, write
 from support.hits import Hit, check_queries, cosine, find
+from support.html import write_page
 from support.topics import topics
 
 if TYPE_CHECKING:
@@ -298,6 +299,14 @@ def draw_zero_shot(trained: Trained, options: Namespace) -> None:
     write(options.out / "confusion.png", zeroshot.draw_confusion, result, origin(trained, options))
 
 
+def draw_page(trained: Trained, options: Namespace) -> None:
+    """Writes every query of a split with its results into one HTML file."""
+    embedded, pictures = embed_split(trained, options)
+    k = clamped("top-k", options.top_k, len(pictures.embeddings))
+    content = embedded, pictures.picture, pictures.footer, k, options.seed
+    write(options.out / "predictions.html", write_page, *content)
+
+
 def main(argv: list[str]) -> None:
     parser = Parser(prog="visualize.py", description=__doc__.split("\n")[0])
     evaluate.add_model_flags(parser)
@@ -307,18 +316,21 @@ def main(argv: list[str]) -> None:
     flag("--queries", type=number(int, 1, 50), default=6, help="captions and images of the split")
     flag("--query", action="append", default=[], metavar="TEXT", help="only search it; repeatable")
     flag("--images", type=Path, metavar="DIR", help="search this folder of pictures with --query")
+    flag("--html", action="store_true", help="only predictions.html: every query, to look through")
     flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all that is drawn by lot")
     options = parser.parse_args(argv)
     if options.images and not options.query:
         raise UserError('--images needs a text to search for, such as --query "a dog in snow"')
     if options.zero_shot and options.query:
         raise UserError("--zero-shot draws confusion.png only; leave --query out")
+    if options.html and (options.zero_shot or options.query):
+        raise UserError("--html shows a split; leave --zero-shot, --query and --images out")
     if options.templates and not options.zero_shot:
         raise UserError("--templates goes with --zero-shot")
     trained = load_trained(options.checkpoint, options.device)
     options.out = options.out or trained.path.parent / "figures"
     draw = draw_zero_shot if options.zero_shot else draw_search if options.query else draw_split
-    draw(trained, options)
+    (draw_page if options.html else draw)(trained, options)
 
 
 if __name__ == "__main__":
