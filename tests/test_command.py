@@ -14,11 +14,12 @@ from conftest import ROOT, listed
 
 import dataset
 import evaluate
+import search
 import train
 import visualize
 from support.command import Parser, UserError, atomic_write, dashed, later, number, sweep, warn
 
-SCRIPTS = ("dataset.py", "train.py", "evaluate.py", "visualize.py")
+SCRIPTS = ("dataset.py", "train.py", "evaluate.py", "visualize.py", "search.py")
 
 
 def make_parser() -> Parser:
@@ -108,6 +109,7 @@ def test_whole_numbers_outside_are_refused(text):
         (train, ["(default: 0.07)", "all that is random (default: 0)", "(default: resnet18)"]),
         (evaluate, ["--split {test,dev,train} (default: test)", "(default: auto)"]),
         (visualize, ["--split {test,dev,train} (default: test)"]),
+        (search, ["--split {all,test,dev,train} of the data set (default: all)", "(default: 10)"]),
     ],
     ids=SCRIPTS,
 )

@@ -20,7 +20,8 @@ def files(ending: str) -> list[str]:
 
 PAGES = [HERE / name for name in files(".md")]
 README = (HERE / "README.md").read_text("utf-8")
-SCRIPTS = ("dataset", "train", "evaluate", "visualize", "report/benchmark", "report/tables")
+SCRIPTS = ("dataset", "train", "evaluate", "visualize", "search", "report/benchmark")
+SCRIPTS += ("report/tables",)
 CSV = "".join(path.read_text("utf-8") for path in (HERE / "report").glob("*.csv"))
 ids = files(".md")
 
