@@ -1,6 +1,8 @@
 """The figures: the pictures shown are those found, and odd data cannot spoil a drawing."""
 
 import csv
+import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -452,3 +454,38 @@ def test_text_that_the_font_lacks_or_that_is_too_long():
     assert figures.wrapped("", 2, 9) == [""]
     (cut,) = figures.wrapped("x" * 500, 1, 9, lines=1)
     assert cut.startswith("xxx") and cut.endswith(" …")
+
+
+# ------------------------------------------------------------------------------ --html
+
+
+def test_the_page_holds_every_query_and_asks_for_nothing(model_file, tmp_path, cache):
+    fixed = ["--device", "cpu", "--cache", cache, "--workers", 0, "--out", tmp_path]
+    words = [model_file, "--html", "--split", "train", "--top-k", 3, *fixed]
+    visualize.main([str(word) for word in words])
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.html"]
+    text = (tmp_path / "predictions.html").read_text("utf-8")
+    assert "http:" not in text and "https:" not in text and "{{" not in text
+    (found,) = re.findall(r'<script id="data"[^>]*>(.*)</script>', text)
+    assert "<" not in found
+    content = json.loads(found)
+    trained = visualize.load_trained([model_file], "cpu")
+    options = SimpleNamespace(data=None, splits=None, split="train", cache=cache, workers=0)
+    dataset, pairs = evaluate.load_data_for(trained, options)
+    split = evaluate.evaluate_trained(trained, dataset, "train", options)
+    assert content["captions"] == pairs.captions and set(ODD) <= set(content["captions"])
+    scores = split.text_embeddings.astype(float) @ split.image_embeddings.T.astype(float)
+    for way, table, ranks in (("texts", scores, split.t2i), ("images", scores.T, split.i2t)):
+        part = content[way]
+        assert part["rank"] == ranks.tolist()
+        for row, order, shown in zip(table, part["found"], part["scores"], strict=True):
+            assert order == top_k(row, 3).tolist() and np.allclose(row[order], shown, atol=1e-4)
+    assert content["texts"]["true"] == content["owner"] == pairs.caption_image.tolist()
+    for i, own in enumerate(content["images"]["true"]):
+        assert content["owner"][own] == i
+    assert all(uri.startswith("data:image/jpeg;base64,") for uri in content["pictures"])
+
+
+def test_the_page_shows_a_split_alone(model_file):
+    with pytest.raises(UserError, match="--html shows a split"):
+        visualize.main([str(model_file), "--html", "--query", "a dog"])
