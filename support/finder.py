@@ -144,9 +144,10 @@ class Finder:
         share = self.share_below(best)
         if len(terms) != 1 or terms[0].file or not share < USUAL:
             return ""
+        more = min(99, 100 - 100 * share)
         return (
             f"nothing here seems to fit {terms[0].text!r}: its best score, {best:.3f}, is what "
-            f"unrelated captions get ({min(99, 100 - 100 * share):.0f}% of {len(self.usual):,} get more)"
+            f"unrelated captions get ({more:.0f}% of {len(self.usual):,} get more)"
         )
 
     def probabilities(self, picture: np.ndarray, labels: list[str]) -> np.ndarray:
