@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 # Figures that one kind of data alone has, and what its pictures are called.
 FIGURES = {"posters": later("posters.figures", "draw_films")}
 plain_title = later("posters.films", "plain_title")
+draw_analysis = later("report.analysis_figures", "draw_analysis")
 
 
 class Pictures(NamedTuple):
@@ -317,8 +318,12 @@ def main(argv: list[str]) -> None:
     flag("--query", action="append", default=[], metavar="TEXT", help="only search it; repeatable")
     flag("--images", type=Path, metavar="DIR", help="search this folder of pictures with --query")
     flag("--html", action="store_true", help="only predictions.html: every query, to look through")
+    text = "only draw what evaluate.py --analysis wrote; repeatable, side by side"
+    flag("--analysis", action="append", type=Path, metavar="DIR", help=text)
     flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all that is drawn by lot")
     options = parser.parse_args(argv)
+    if options.analysis:
+        return draw_analysis(options.analysis, options.out)
     if options.images and not options.query:
         raise UserError('--images needs a text to search for, such as --query "a dog in snow"')
     if options.zero_shot and options.query:

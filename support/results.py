@@ -103,7 +103,9 @@ def cell_of(value: str | float) -> str:
     if isinstance(value, str):
         runs = value.lstrip()[:1] in tuple("=+-@＝＋－＠") or value[:1] in ("\t", "\r", "\n")
         return f"'{value}" if runs else value
-    return f"{value:.6g}" if math.isfinite(value) else ""
+    if not math.isfinite(value):
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(int(value))
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str | float]]) -> None:
