@@ -537,6 +537,19 @@ def test_what_any_of_several_was_trained_on():
     assert seen.tolist() == [False, True, True, False]
 
 
+def test_each_of_several_reads_with_its_own_vocabulary(tiny_run, other_run, cache, tmp_path):
+    """The second one's words have other numbers than the first one's."""
+    content = load_checkpoint(other_run / "best.pt")
+    content["vocabulary"][4:] = content["vocabulary"][:3:-1]
+    save_checkpoint(tmp_path / "turned.pt", content)
+    paths, made = [tiny_run / "best.pt", tmp_path / "turned.pt"], []
+    for chosen in (paths[1:], paths):
+        trained, options = load_trained(chosen, "cpu"), data_options(cache)
+        dataset, _ = load_data_for(trained, options)
+        made.append(evaluate.evaluate_trained(trained, dataset, "dev", options).text_embeddings)
+    np.testing.assert_allclose(made[1][:, 32:], made[0] * math.sqrt(16 / 48), atol=1e-5)
+
+
 def test_words_that_no_model_knows(tiny_run, other_run, tmp_path):
     content = load_checkpoint(other_run / "best.pt")
     content["vocabulary"][content["vocabulary"].index("dog")] = "zebra"

@@ -118,6 +118,23 @@ def test_what_no_run_begins_with_stands_side_by_side(whole: Path):
         assert all(torch.equal(member["model"][key], x) for key, x in alone["model"].items())
 
 
+def test_every_run_of_a_recipe_has_the_cache_that_is_named(whole: Path, words: list[str]):
+    """Features of train and dev: mirrored, below the last block, and without the mirror."""
+    cache = Path(words[words.index("--cache") + 1])
+    assert len([*cache.glob("pixels-*")]) == 1
+    assert len([*cache.glob("images-*")]) == 5  # the first and the third share those of train
+
+
+def test_the_best_epochs_stand_side_by_side(whole: Path, tmp_path: Path):
+    """And not the last ones, which may be the same: here each best one is marked."""
+    out = shutil.copytree(whole, tmp_path / "run")
+    for number, run in enumerate(("tuned", "beside")):
+        content = torch.load(out / run / "best.pt", weights_only=True)
+        torch.save({**content, "epoch": 70 + number}, out / run / "best.pt")
+    assert run_train("--resume", out) == 0
+    assert [part["epoch"] for part in load_checkpoint(out / "best.pt")["members"]] == [70, 71]
+
+
 def test_evaluate_finds_the_whole_recipe(whole: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(whole.parents[1])
     cache = ["--cache", str(tmp_path / "cache")]
@@ -291,6 +308,17 @@ def test_init_from_a_run_of_the_same_model(tiny_run, photo_data, tmp_path, capsy
     assert f"init: {count} weights are those of {tiny_run}\n" in capsys.readouterr().out
     assert content["config"]["text_width"] == 32 and content["config"]["embed_dim"] == 32
     assert content["vocabulary"] == earlier["vocabulary"] and content["epoch"] == 1
+    for name, weight in earlier["model"].items():
+        torch.testing.assert_close(content["model"][name], weight, rtol=0, atol=1e-9)
+
+
+def test_init_from_a_folder_takes_the_best_epoch(tiny_run, photo_data, tmp_path):
+    """Not the last one, whose weights are spoilt here; a file is taken as it is named."""
+    place = shutil.copytree(tiny_run, tmp_path / "earlier")
+    last = torch.load(place / "last.pt", weights_only=True)
+    last["model"] = {name: torch.zeros_like(weight) for name, weight in last["model"].items()}
+    torch.save(last, place / "last.pt")
+    content, earlier = from_run(place, photo_data, tmp_path)
     for name, weight in earlier["model"].items():
         torch.testing.assert_close(content["model"][name], weight, rtol=0, atol=1e-9)
 

@@ -160,6 +160,20 @@ def test_kept_features_of_films_are_never_anothers(moved, tmp_path, flags):
         assert np.array_equal(values, made[1][key]), key
 
 
+def test_films_are_measured_in_full_precision(moved, tmp_path):
+    """Features of a frozen tower, kept for evaluation: the same for a run that was in bf16."""
+    films, _, content = moved
+    made = []
+    for precision in ("fp32", "bf16"):
+        path, file = tmp_path / f"{precision}.pt", tmp_path / f"{precision}.npz"
+        torch.save({**content, "config": {**content["config"], "precision": precision}}, path)
+        words = ("--data", films, "--cache", tmp_path / "cache", "--workers", 0)
+        call(helpers.evaluate, path, *words, "--save-embeddings", file)
+        made.append(dict(np.load(file)))
+    for key, values in made[0].items():
+        assert np.array_equal(values, made[1][key]), key
+
+
 # ---------------------------------------------------------------------------- the words
 
 

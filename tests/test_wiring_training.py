@@ -218,6 +218,24 @@ def test_the_scale_is_held_at_a_hundred(tmp_path, monkeypatch):
     assert read_history(tmp_path / "run")[0]["logit_scale"] == pytest.approx(100, rel=1e-4)
 
 
+@pytest.mark.parametrize("most", [0.01, 0])
+def test_the_gradient_is_clipped(tmp_path, monkeypatch, most):
+    """Of all weights together, at every step; AdamW's first step is the same without."""
+    step, norms = torch.optim.AdamW.step, []
+
+    def noting(optimizer: torch.optim.AdamW, *more: object, **named: object) -> object:
+        weights = [w for group in optimizer.param_groups for w in group["params"]]
+        norms.append(torch.stack([w.grad.norm() for w in weights]).norm().item())
+        return step(optimizer, *more, **named)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noting)
+    data = write_folder(tmp_path / "data", spec(14))
+    words = ("--data", data, "--out", tmp_path / "run", "--cache", tmp_path / "cache", *QUICK)
+    assert run_train(*words, "--epochs", 2, "--grad-clip", most) == 0
+    assert len(norms) == 2 and min(norms) > 0.009
+    assert all(norm == pytest.approx(0.01, rel=1e-3) for norm in norms) == bool(most)
+
+
 # ------------------------------------------------------------ what a run keeps, and how long
 
 
