@@ -20,6 +20,7 @@ import torchvision
 from support.command import UserError, atomic_write
 
 if TYPE_CHECKING:
+    from dataset import CaptionedImages
     from train import Run
 
 FORMAT, VERSION = "mini-clip", 4
@@ -112,12 +113,22 @@ def contents(
         },
         "fingerprint": dataset.fingerprint,
         "split_by_caption": dataset.by_caption,
-        "train_images": {
-            "names": [dataset.names[row] for row in rows],
-            "digests": [dataset.digests[row] for row in rows],
+        "train_images": identity(dataset, rows),
+        "split_images": {  # what is held out, wherever the data will lie
+            name: identity(dataset, np.unique(dataset.caption_image[dataset.labels == name]))
+            for name in ("dev", "test")
         },
+        "images": len(np.unique(dataset.caption_image)),
         "config": config,
         "finished": finished,
+    }
+
+
+def identity(dataset: CaptionedImages, rows: np.ndarray) -> dict[str, list[str]]:
+    """By what some images are known again: their names, and sha256 of their contents."""
+    return {
+        "names": [dataset.names[row] for row in rows],
+        "digests": [dataset.digests[row] for row in rows],
     }
 
 
