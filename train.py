@@ -166,7 +166,7 @@ def train_epoch(
     run: Run,
     epoch: int,
     options: argparse.Namespace,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None,
+    batches: Iterable[tuple[torch.Tensor, ...]] | None = None,
 ) -> dict[str, float]:
     """Every training image once, with its next captions: mean loss, last rate, images a second.
 
@@ -179,9 +179,9 @@ def train_epoch(
     total = seen = 0
     clock = time.perf_counter()
     bar = tqdm(batches, f"epoch {epoch}", steps, unit="batch", leave=False, disable=None)
-    for step, (images, texts, ids) in enumerate(bar):
+    for step, (images, texts, ids, text_ids) in enumerate(bar):
         # images (B, 3, S, S) in [0, 1], augmented; texts (B * K, L), K captions an image, 0 where
-        # padded; ids (B * K,): which image each text belongs to
+        # padded; ids and text_ids (B * K,): each text's image, and which texts are equal
         done, warmup = (epoch - 1) * steps + step, round(options.warmup * steps)
         share = learning_rate(done, options.epochs * steps, warmup, options.schedule)
         for group in optimizer.param_groups:
@@ -189,7 +189,7 @@ def train_epoch(
         image_embeddings = model.encode_image(images)  # (B, D), unit length
         text_embeddings = model.encode_text(texts)  # (B * K, D), unit length
         each = image_embeddings.repeat_interleave(len(texts) // len(images), 0)  # (B * K, D)
-        value = loss(each, text_embeddings, model.scale(), ids)
+        value = loss(each, text_embeddings, model.scale(), ids, text_ids=text_ids)
         place = f"epoch {epoch}, batch {step + 1}"
         check_finite(value.item(), image_embeddings, text_embeddings, place)
         optimizer.zero_grad(set_to_none=True)

@@ -22,6 +22,7 @@ from models import CLIP, TEXT_TOWERS, build_model, model_from_checkpoint
 from support.checkpoint import fill_from, load_checkpoint, save_checkpoint
 from support.command import HERE, Parser, UserError, atomic_write, dashed, later, sweep, warn
 from support.options import OF_THE_MACHINE, checkpoint_in, resolve, suited
+from support.unread import unknown_words
 
 if TYPE_CHECKING:
     from train import Run
@@ -290,6 +291,8 @@ def describe(run: Run, options: Namespace) -> str:
     tokenizer.cut = 0
     for split in ("train", "dev"):
         tokenizer(pairs[split].captions)  # counts those that are cut
+        for remark in unknown_words([tokenizer], pairs[split].captions, f"{split} captions"):
+            warn(remark)
     return (
         f"model: {options.image_tower} at {options.image_size} px and {options.text_tower}, "
         f"{weights:,} weights of which {learned:,} learn; "

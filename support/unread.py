@@ -1,0 +1,46 @@
+"""What a model does not read of texts: words that it never saw, ends that are cut off.
+
+train.py, evaluate.py and visualize.py say it beside the figures that it spoils.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sources.texts import words_of
+
+if TYPE_CHECKING:
+    from dataset import Tokenizer
+
+FIFTH = 0.2  # so many unknown words are said; a few are in every text
+
+
+def is_word(token: str) -> bool:
+    return any(map(str.isalnum, token))
+
+
+def unknown_to_all(tokenizers: Sequence[Tokenizer], text: str) -> list[str]:
+    """The words of a text that not one of some models knows."""
+    first, *others = (tokenizer.unknown(text) for tokenizer in tokenizers)
+    return [word for word in first if all(word in unknown for unknown in others)]
+
+
+def unknown_words(tokenizers: Sequence[Tokenizer], texts: Sequence[str], name: str) -> list[str]:
+    """A sentence on the texts called `name` where no model knows many of their words, or []."""
+    counts = Counter(filter(is_word, (word for text in texts for word in words_of(text))))
+    unknown = [word for word in counts if unknown_to_all(tokenizers, word)]
+    share = sum(counts[word] for word in unknown) / max(1, sum(counts.values()))
+    if share <= FIFTH:
+        return []
+    some = ", ".join(sorted(unknown, key=lambda word: -counts[word])[:3])
+    known = "never stood in the training captions, or too seldom (--min-count)"
+    return [f"{share:.0%} of the words of the {name} are unknown ({some} ...): they {known}"]
+
+
+def cut_off(tokenizers: Sequence[Tokenizer], texts: Sequence[str], name: str) -> list[str]:
+    """A sentence on the texts that are longer than the first model reads, or []."""
+    most = tokenizers[0].max_tokens
+    cut = sum(length > most for length in map(tokenizers[0].length, texts))
+    return [f"{cut:,} of {len(texts):,} {name} cut to {most} tokens"] if cut else []
