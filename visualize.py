@@ -21,7 +21,7 @@ from PIL import Image
 
 import evaluate
 from evaluate import Embedded, first_captions
-from sources.pictures import thumbnail
+from sources.opening import thumbnail
 from support import zeroshot
 from support.checkpoint import load_checkpoint
 from support.command import Parser, UserError, later, number, run, warn

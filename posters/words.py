@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from sources.pictures import in_processes, open_picture
+from sources.opening import open_picture
+from sources.pictures import in_processes
 from support.command import UserError, warn
 from tricks.frozen import ImageFeatures, image_features, keep_features, key_of, text_features
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sources.pictures import cached_pixels, thumbnail
+from sources.opening import thumbnail
+from sources.pictures import cached_pixels
 
 SPLITS = ("train", "dev", "test")
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sources.pictures import EXTENSIONS
+from sources.opening import EXTENSIONS
 from support.command import UserError, later
 
 HOW_TO_GET = (

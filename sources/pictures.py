@@ -14,7 +14,6 @@ import shutil
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -24,63 +23,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
+from sources.opening import open_picture
 from support.command import HERE, UserError
 
 Decoded = tuple[np.ndarray | None, str]  # of one file, see `try_decode`
 CACHE = HERE / ".cache"
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
-MAX_PIXELS = 100_000_000  # a larger picture is a decompression bomb, or no picture for 224 px
 DECODER = "1"  # part of every cache key: raise it when `decode` gives other pixels
 DECODE_IN_PROCESS = 200  # fewer pictures than this are decoded sooner than processes start
-
-
-def open_picture(source: Path | bytes, near: int | None = None) -> Image.Image:
-    """Reads a picture as it should be seen, in RGB; a JPEG in a size not below `near` pixels.
-
-    EXIF rotation is applied, transparency laid on white, 16 bits scaled to 8, of an animation the
-    first frame taken. Raises ValueError or OSError with a short reason when it cannot be read.
-    """
-    data = source if isinstance(source, bytes) else source.read_bytes()
-    if not data:
-        raise ValueError("empty file")
-    with warnings.catch_warnings():  # Pillow's on odd metadata; the size is checked here
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are too many")
-            if near:
-                image.draft("RGB", (near, near))
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
 
 
 def decode(source: Path | bytes, size: int) -> np.ndarray:
     """A picture squashed to a square: uint8 (size, size, 3). Raises as `open_picture` does."""
     image = open_picture(source, 2 * size)
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any mode that Pillow reads to RGB without losing what is to be seen."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, np.float32))
-        deep = image.mode.startswith("I;") or values.max() > 255
-        top = 1 if image.mode == "F" and values.max() <= 1 else 65535 if deep else 255
-        return Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def thumbnail(path: Path, size: int = 256) -> Image.Image:
-    """A picture for a figure: as it should be seen, in its proportions, `size` pixels at most."""
-    image = open_picture(path, size)
-    image.thumbnail((size, size))
-    return image
 
 
 def try_decode(path: Path, size: int) -> Decoded:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sources.pictures import EXTENSIONS, decode_all
+from sources.opening import EXTENSIONS
+from sources.pictures import decode_all
 from support.command import UserError, warn
 from support.embedding import Trained
 from support.figures import canvas, wrapped
