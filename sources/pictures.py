@@ -9,13 +9,11 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
+import os
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +25,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from sources.opening import open_picture
-from support.command import HERE, UserError
+from support.command import HERE, UserError, warn
+from support.workers import in_processes
 
 Decoded = tuple[np.ndarray | None, str]  # of one file, see `try_decode`
 CACHE = HERE / ".cache"
@@ -71,6 +70,9 @@ def cached_folder(cache: Path, name: str, build: Callable[[Path], None]) -> Path
             new = Path(temporary) / name
             new.mkdir()
             build(new)
+            for file in new.iterdir():  # whole on disk before it can be found: power may fail
+                with file.open("rb+") as written:
+                    os.fsync(written.fileno())
             try:
                 new.rename(folder)
             except OSError:
@@ -80,6 +82,37 @@ def cached_folder(cache: Path, name: str, build: Callable[[Path], None]) -> Path
         reason = error.strerror or error
         raise UserError(f"cannot write the cache {cache}: {reason}; give --cache DIR") from error
     return folder
+
+
+# What reading a damaged file raises: one that is cut off, empty, half copied, or gone.
+DAMAGED = (OSError, ValueError, EOFError, LookupError, TypeError)
+
+
+def cached(
+    cache: Path, name: str, build: Callable[[Path], None], read: Callable[[Path], Any]
+) -> Any:
+    """What `read` gives of the folder `cache`/`name`, which is built unless it is there already.
+
+    A damaged one (by a power cut, or by what cleans up temporary folders) is said and built anew.
+    Raises UserError when the cache cannot be written.
+    """
+    folder = cached_folder(cache, name, build)
+    try:
+        return read(folder)
+    except DAMAGED as error:
+        reason = " ".join(str(error).split())[:80] or type(error).__name__
+        warn(f"the cache {folder} is damaged ({reason}); it is built anew")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder = cached_folder(cache, name, build)
+    try:
+        return read(folder)
+    except DAMAGED as error:
+        raise UserError(f"cannot read the cache {folder}: {error}; give --cache DIR") from error
+
+
+def read_array(folder: Path, name: str = "features.npy") -> np.ndarray:
+    """An array that `cached_folder` holds, memory-mapped."""
+    return np.load(folder / name, mmap_mode="r")
 
 
 class PixelCache(NamedTuple):
@@ -103,13 +136,21 @@ def cached_pixels(paths: list[Path], size: int, cache: Path, workers: int) -> Pi
         state.update(f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n".encode())
     group = f"pixels-{size}-{names.hexdigest()[:12]}"
     build = partial(write_pixels, paths, size, workers)
-    folder = cached_folder(cache, f"{group}-{state.hexdigest()[:12]}", build)
+    name = f"{group}-{state.hexdigest()[:12]}"
+    kept = cached(cache, name, build, partial(read_pixels, count=len(paths)))
     for old in cache.glob(f"{group}-*"):
-        if old != folder:
+        if old.name != name:
             shutil.rmtree(old, ignore_errors=True)
+    return kept
+
+
+def read_pixels(folder: Path, count: int) -> PixelCache:
     index = json.loads((folder / "index.json").read_text("utf-8"))
     failed = {int(row): reason for row, reason in index["failed"].items()}
-    return PixelCache(np.load(folder / "pixels.npy", mmap_mode="r"), index["digests"], failed)
+    pixels, digests = read_array(folder, "pixels.npy"), index["digests"]
+    if len(pixels) != count or len(digests) != count:
+        raise ValueError(f"{len(pixels)} pictures and {len(digests)} digests, not {count} of each")
+    return PixelCache(pixels, digests, failed)
 
 
 def write_pixels(paths: list[Path], size: int, workers: int, folder: Path) -> None:
@@ -147,16 +188,6 @@ def decode_all(paths: list[Path], size: int, workers: int) -> Iterable[Decoded]:
     alone = workers < 2 or len(paths) < DECODE_IN_PROCESS
     pictures = map(work, paths) if alone else in_processes(work, paths, workers, 32)
     return tqdm(pictures, "decoding", len(paths), unit="image", leave=False, disable=None)
-
-
-def in_processes(
-    work: Callable[[Path], Any], paths: Iterable[Path], workers: int, chunksize: int
-) -> Iterator[Any]:
-    """Yields `work(path)` of each path, in order, from `workers` processes."""
-    # Forked workers start at once and do nothing but `work`; elsewhere forking is not safe.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, context) as pool:
-        yield from pool.map(work, paths, chunksize=chunksize)
 
 
 # ---------------------------------------------------------------------------- whole batches

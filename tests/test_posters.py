@@ -382,34 +382,19 @@ def test_words_are_read_line_by_line():
     assert [reading([]) for reading in words.READINGS] == [""] * 8
 
 
-class InProcess:
-    """Stands in for a ProcessPoolExecutor; notes what is read."""
-
-    def __init__(self, seen: list):
-        self.seen = seen
-
-    def __call__(self, *_):
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
-
-    def map(self, work, items, chunksize):
-        for item in items:
-            self.seen.append(item)
-            yield work(item)
-
-
 def test_reading_goes_on_where_it_stopped(read, tmp_path, monkeypatch):
     cache, paths, lines = read
     (file,) = cache.glob("words-*.jsonl")
     text = file.read_text().rstrip("\n")
     (tmp_path / file.name).write_text(text[:-20])  # the last poster is torn
     seen = []
-    monkeypatch.setattr("sources.pictures.ProcessPoolExecutor", InProcess(seen))
+
+    def in_this_process(work, items, workers, chunksize):
+        for item in items:
+            seen.append(item)
+            yield work(item)
+
+    monkeypatch.setattr(words, "in_processes", in_this_process)
     names = [path.name for path in paths]
     again = words.read_words(paths, names, tmp_path, 1)
     assert len(seen) == 1 and again == lines

@@ -1,0 +1,120 @@
+"""Ctrl-C, SIGTERM and a closed terminal end a script at any moment: one line, no process left.
+
+support/python.py calls `listen` before anything else is imported. From `raising` on (support/
+command.py) a signal raises KeyboardInterrupt, so that half-written files are tidied away; a thread
+ends the process all the same when that takes long, as inside a step of torch, which nothing else
+can interrupt.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+GRACE = 1.5  # seconds between a signal and the end, for what has to be tidied
+SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+    if hasattr(signal, name)
+]
+
+
+def stopped() -> str:
+    return f"{Path(sys.argv[0]).name}: stopped"
+
+
+last_words: list[Callable[[], str]] = [stopped]  # the last of them is said
+state = {"said": False, "stopping": False}
+
+
+def listen() -> None:
+    """From here on a signal ends the process at once: nothing is begun that could be left half."""
+    receiver, sender = socket.socketpair()  # not a pipe: Windows wants a socket
+    sender.setblocking(False)
+    for signum in SIGNALS:
+        handle(signum, leave)
+    signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    sys.unraisablehook = quiet_hook(sys.unraisablehook)
+    threading.Thread(target=watch, args=(receiver, sender), daemon=True).start()
+
+
+def handle(signum: int, handler: Callable[[int, Any], None]) -> None:
+    """Sets a handler; `nohup` has a hangup ignored, and so it stays."""
+    hangup = getattr(signal, "SIGHUP", None)
+    if signum != hangup or signal.getsignal(signum) is not signal.SIG_IGN:
+        signal.signal(signum, handler)
+
+
+def watch(receiver: socket.socket, _sender: socket.socket) -> None:
+    """Ends the process where the main thread has not done so; it holds both ends open."""
+    while True:
+        signum = receiver.recv(1)[0]
+        if signum in SIGNALS:
+            time.sleep(GRACE)
+            leave(signum)
+
+
+def leave(signum: int, _frame: Any = None) -> None:
+    """Says the last words and is gone. Workers follow: see support/workers.py."""
+    say()
+    os._exit(128 + signum)
+
+
+def say() -> None:
+    """The last words, once; not by `print`, into which the signal may have come."""
+    if not state["said"]:
+        state["said"] = True
+        with contextlib.suppress(Exception):  # the terminal is gone
+            line = f"{last_words[-1]()}\n".encode("utf-8", "backslashreplace")
+            os.write(2, b"\n" + line if os.isatty(2) else line)  # a bar may stand in the line
+
+
+def stop(signum: int, _frame: Any = None) -> None:
+    """The first signal raises KeyboardInterrupt(exit code), a second one does not wait."""
+    if state["stopping"]:
+        leave(signum)
+    state["stopping"] = True
+    raise KeyboardInterrupt(128 + signum)
+
+
+@contextlib.contextmanager
+def raising() -> Iterator[None]:
+    """Inside the block signals raise KeyboardInterrupt; after it they end the process at once."""
+    for signum in SIGNALS:
+        handle(signum, stop)
+    try:
+        yield
+    finally:
+        for signum in SIGNALS:
+            handle(signum, leave)
+
+
+@contextlib.contextmanager
+def saying(words: Callable[[], str]) -> Iterator[None]:
+    """Inside the block these are the last words."""
+    last_words.append(words)
+    try:
+        yield
+    finally:
+        last_words.pop()
+
+
+def code_of(error: KeyboardInterrupt) -> int:
+    """The exit code of an interrupted process; Python's own KeyboardInterrupt has no number."""
+    return error.args[0] if error.args else 128 + signal.SIGINT
+
+
+def quiet_hook(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+    """A KeyboardInterrupt raised inside a destructor is lost there; `watch` ends the process."""
+
+    def ignore(unraisable: Any) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            hook(unraisable)
+
+    return ignore
