@@ -22,7 +22,7 @@ import torch
 from dataset import CaptionedImages, Pairs, add_data_flags, load_dataset
 from loss import info_nce
 from models import CLIP
-from support.command import Parser, UserError, atomic_write, later, run, warn
+from support.command import Parser, UserError, atomic_write, later, output, run, say_unused, warn
 from support.device import keep_memory
 from support.embedding import Trained, embed_pairs, load_trained, side_by_side, trained_on
 
@@ -247,11 +247,12 @@ def metrics_table(metrics: dict[str, float], intervals: dict[str, list[float]]) 
         low, high = intervals[key]
         return f"{metrics[key]:5.1f} [{low:4.1f}, {high:4.1f}]"
 
-    lines = [f"{'':6}" + "".join(f"{f'R@{k}':<20}" for k in KS) + f"{'medr':>8}{'meanr':>9}"]
-    for way in ("i2t", "t2i"):
-        cells = "".join(f"{cell(f'{way}_r{k}'):<20}" for k in KS)
-        ranks = f"{metrics[f'{way}_medr']:8.1f}{metrics[f'{way}_meanr']:9.1f}"
-        lines.append(f"{way:6}{cells}{ranks}")
+    rows = {way: [cell(f"{way}_r{k}") for k in KS] for way in ("i2t", "t2i")}
+    wide = max(len(text) for cells in rows.values() for text in cells) + 2  # blanks, whatever
+    lines = [f"{'':5}" + "".join(f"{f'R@{k}':<{wide}}" for k in KS) + f"{'medr':>6}{'meanr':>8}"]
+    for way, cells in rows.items():
+        ranks = f"{metrics[f'{way}_medr']:6.1f}{metrics[f'{way}_meanr']:8.1f}"
+        lines.append(f"{way:5}" + "".join(f"{text:<{wide}}" for text in cells) + ranks)
     lines.append(
         f"rsum {cell('rsum')}, mean recall {cell('mean_recall')}; top-1 of N x N, one caption an "
         f"image: i2t {metrics['top1_i2t']:.1f}, t2i {metrics['top1_t2i']:.1f}"
@@ -326,10 +327,10 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
     add_model_flags(parser)
     flag = parser.add_argument_group("what to write").add_argument
-    flag("--json", type=Path, metavar="FILE", help="the figures and the protocol")
-    flag("--save-embeddings", type=Path, metavar="FILE.npz", help="plain arrays, without pickle")
+    flag("--json", type=output, metavar="FILE", help="the figures and the protocol")
+    flag("--save-embeddings", type=output, metavar="FILE.npz", help="plain arrays, without pickle")
     text = "D (N x N), float32: minus the cosine; rows are pictures by name, columns their texts"
-    flag("--distance-matrix", type=Path, metavar="FILE.npy", help=text)
+    flag("--distance-matrix", type=output, metavar="FILE.npy", help=text)
     options = parser.parse_args(argv)
     if options.templates and not options.zero_shot:
         raise UserError("--templates goes with --zero-shot")
@@ -337,6 +338,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--save-embeddings and --distance-matrix do not go with --zero-shot")
     trained = load_trained(options.checkpoint, options.device)
     if options.zero_shot:
+        say_unused(parser.typed(argv), ("data", "splits", "split"), "--zero-shot reads a folder")
         figures = later("support.zeroshot", "evaluate_zero_shot")(trained, options)
     else:
         figures = measure(trained, options)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from sources.opening import open_picture
 from support.command import HERE, UserError, warn
+from support.stopping import undone
 from support.workers import in_processes
 
 Decoded = tuple[np.ndarray | None, str]  # of one file, see `try_decode`
@@ -66,8 +67,8 @@ def cached_folder(cache: Path, name: str, build: Callable[[Path], None]) -> Path
                 if time.time() - left.stat().st_mtime > 86_400:
                     shutil.rmtree(left, ignore_errors=True)
         scratch = tempfile.TemporaryDirectory("", ".building-", cache, ignore_cleanup_errors=True)
-        with scratch as temporary:
-            new = Path(temporary) / name
+        with undone(scratch.cleanup):
+            new = Path(scratch.name) / name
             new.mkdir()
             build(new)
             for file in new.iterdir():  # whole on disk before it can be found: power may fail
@@ -215,7 +216,11 @@ def resize(pixels: torch.Tensor, size: int) -> torch.Tensor:
     images = pixels.permute(0, 3, 1, 2).float().div_(255)
     if images.shape[-1] == size:
         return images
-    images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    shrink = partial(F.interpolate, size=(size, size), mode="bilinear", antialias=True)
+    try:
+        images = shrink(images)
+    except NotImplementedError:  # on Apple's MPS before torch 2.7
+        images = shrink(images.cpu()).to(pixels.device)
     return images.contiguous(memory_format=torch.channels_last)
 
 

@@ -33,10 +33,18 @@ def choose_precision(name: str, device: torch.device) -> str:
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if bf16_in_hardware() else "fp16"
     tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     native = any(getattr(torch.cpu, test, lambda: False)() for test in tests)
     return "bf16" if device.type == "cpu" and native else "fp32"
+
+
+def bf16_in_hardware() -> bool:
+    """Whether a GPU has bf16 (from compute capability 8.0); an emulated one is slower than fp32."""
+    try:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    except TypeError:  # an older torch, which does not count what is emulated
+        return torch.cuda.is_bf16_supported()
 
 
 def keep_memory() -> None:

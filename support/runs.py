@@ -5,30 +5,43 @@ train.py calls these around its loop; a recipe is a list of runs, so resuming on
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import re
 import shlex
-import time
+import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from tqdm import tqdm
+import torch
 
 from dataset import CaptionedImages, Tokenizer, image_transform, load_dataset
 from models import CLIP, TEXT_TOWERS, build_model, model_from_checkpoint
+from support import stopping
 from support.checkpoint import fill_from, load_checkpoint, save_checkpoint
-from support.command import HERE, Parser, UserError, atomic_write, dashed, later, sweep, warn
+from support.command import (
+    HERE,
+    Parser,
+    UserError,
+    atomic_write,
+    dashed,
+    later,
+    out_of_memory,
+    warn,
+)
+from support.device import choose_device, choose_precision
+from support.folders import free_name, owned, refuse_used
 from support.options import OF_THE_MACHINE, checkpoint_in, resolve, suited
-from support.unread import unknown_words
-
-if TYPE_CHECKING:
-    from train import Run
+from support.said import say_idle
 
 RECIPES = HERE / "recipes"
-MAY_CHANGE = {*OF_THE_MACHINE, "workers", "epochs"}  # when a run is resumed
+# When a run is resumed; data may have moved, and their content decides.
+OF_RECIPES = {"cache", "data", "device", "precision", "workers"}  # of each of its runs
+MAY_CHANGE = {*OF_THE_MACHINE, *OF_RECIPES, "epochs"}
 Recipe = list[tuple[str, list[str]]]  # its runs: (name, words as typed)
 
 # --------------------------------------------------------------------------------- recipes
@@ -67,6 +80,52 @@ def as_words(typed: dict[str, Any]) -> list[str]:
     return words
 
 
+def begin_anew(typed: dict[str, Any], parser: Parser, train: Callable[..., int]) -> int:
+    """A new run, or the runs of a recipe, in a folder of its own: an exit code. Raises UserError.
+
+    The folder is --out, or one named after the data and the time.
+    """
+    recipe = read_recipe(typed.get("recipe", "assignment"))
+    flags = [parser.typed(words) for _, words in recipe]
+    options = resolve(parser, typed, flags[0])
+
+    def work(out: Path) -> int:
+        if typed.get("out"):
+            refuse_used(out)
+        if len(recipe) > 1:
+            return run_recipe(recipe, out, parser, typed, train)
+        say_idle(options, flags[0], typed)
+        return train(options, out, None, out)
+
+    if typed.get("out"):
+        return in_folder(typed["out"], work)
+    return in_folder(free_name(Path("checkpoints"), Path(options.data).name), work, new=True)
+
+
+def in_folder(out: Path, work: Callable[[Path], int], new: bool = False) -> int:
+    """Does `work` in a run's folder, which is this process's alone; an exit code.
+
+    When it is stopped, a line says how the run goes on.
+    """
+    words = partial(how_it_goes_on, out)
+    with owned(out, new), stopping.saying(words):
+        try:
+            return work(out)
+        except KeyboardInterrupt as error:
+            code = stopping.code_of(error)
+        except BrokenPipeError:  # nobody reads what it prints
+            code = 1
+        print(words(), file=sys.stderr, flush=True)
+        stopping.state["said"] = True
+        return code
+
+
+def how_it_goes_on(out: Path) -> str:
+    saved = (out / "last.pt").exists() or (out / "recipe.txt").exists()
+    go_on = f"go on from the last whole epoch: python train.py --resume {shlex.quote(str(out))}"
+    return f"warning: stopped; {go_on if saved else 'no epoch was finished'}"
+
+
 def run_recipe(
     runs: Recipe, out: Path, parser: Parser, typed: dict[str, Any], train: Callable[..., int]
 ) -> int:
@@ -75,8 +134,8 @@ def run_recipe(
     A run whose --init names an earlier run of the recipe starts from its best checkpoint. What no
     other run starts from stands side by side in out/best.pt.
     """
-    if not (out / "recipe.txt").is_file():
-        said = {flag: x for flag, x in typed.items() if flag not in OF_THE_MACHINE}
+    said = {flag: x for flag, x in typed.items() if flag not in OF_THE_MACHINE}
+    if not (out / "recipe.txt").is_file() or "data" in typed:
         for place, (name, words) in enumerate(runs):
             flags = parser.typed(words)
             flags = {"data": parser.defaults()["data"], **suited(flags, said), **said}
@@ -86,9 +145,7 @@ def run_recipe(
         with atomic_write(out / "recipe.txt") as temporary:
             lines = [f"{name}: {shlex.join(words)}\n" for name, words in runs]
             temporary.write_text("".join(lines), "utf-8")
-    machine = {flag: x for flag, x in typed.items() if flag in ("cache", "device", "workers")}
-    for folder in (out, *(out / name for name, _ in runs)):
-        sweep_run(folder)
+    machine = {flag: x for flag, x in typed.items() if flag in OF_RECIPES}
     begun = set()  # runs that others start from
     for place, (name, words) in enumerate(runs, 1):
         print(f"run {place} of {len(runs)}: {name}", flush=True)
@@ -96,11 +153,14 @@ def run_recipe(
         if flags.get("init") in dict(runs):
             begun.add(flags["init"])
             flags["init"] = str(out / flags["init"])
-        if (out / name / "last.pt").is_file():
-            options, earlier = resumed(out / name, machine, parser)
-        else:
-            options = resolve(parser, flags, {})
-        if code := train(options, out / name, earlier, out):
+        with owned(out / name):
+            if (out / name / "last.pt").is_file():
+                options, earlier = resumed(out / name, machine, parser)
+            else:
+                options = resolve(parser, flags, {})
+                say_idle(options, flags, {})
+            code = train(options, out / name, earlier, out)
+        if code:
             return code
     members = [name for name, _ in runs if name not in begun]
     contents = [load_checkpoint(out / name / "best.pt") for name in members]
@@ -113,42 +173,65 @@ def go_on(typed: dict[str, Any], parser: Parser, train: Callable[..., int]) -> i
     """--resume: the run, or the recipe, in a folder goes on. Raises UserError."""
     if not typed["resume"] and "out" not in typed:
         raise UserError("--resume needs the run's folder: --resume checkpoints/NAME")
-    out = Path(typed["resume"] or typed["out"])
-    if not (out / "recipe.txt").is_file():
-        options, earlier = resumed(out, typed, parser)
-        return train(options, options.out, earlier, options.out)
-    if kept := typed.keys() - {*OF_THE_MACHINE, "workers"}:
-        flags = ", ".join(dashed(f"--{flag}") for flag in sorted(kept))
-        raise UserError(f"--resume: the runs of a recipe keep their {flags}; leave it out")
-    return run_recipe(read_recipe(str(out / "recipe.txt")), out, parser, typed, train)
+    place = Path(typed["resume"] or typed["out"])
+    if not place.exists():
+        raise UserError(f"--resume: there is no {place}; name the folder of a run")
+
+    def work(out: Path) -> int:
+        if not (out / "recipe.txt").is_file():
+            options, earlier = resumed(place, typed, parser)
+            return train(options, out, earlier, out)
+        if kept := typed.keys() - {*OF_RECIPES, "out", "resume"}:
+            flags = ", ".join(dashed(f"--{flag}") for flag in sorted(kept))
+            raise UserError(f"--resume: the runs of a recipe keep their {flags}; leave it out")
+        recipe = read_recipe(str(out / "recipe.txt"))
+        if "data" in typed:
+            check_moved(out, recipe, typed, parser)
+        return run_recipe(recipe, out, parser, typed, train)
+
+    return in_folder(place if place.is_dir() else place.parent, work)
+
+
+def check_moved(out: Path, recipe: Recipe, typed: dict[str, Any], parser: Parser) -> None:
+    """Raises UserError when the data of a recipe that is resumed with --data are others."""
+    for name, _ in recipe:
+        if (out / name / "last.pt").is_file():
+            flags = {flag: x for flag, x in typed.items() if flag in OF_RECIPES}
+            options, earlier = resumed(out / name, flags, parser)
+            read_data(options, earlier)
+            return
 
 
 # ---------------------------------------------------------------------------- a run's folder
 
 
-def new_folder(typed: dict[str, Any], parser: Parser) -> Path:
-    """The folder of a new run: --out, or one named after the data and the time.
-
-    Refuses, before any work is done, one that holds a run or cannot be a folder.
-    """
-    data = Path(typed.get("data", parser.defaults()["data"])).name.lower()
-    out = typed.get("out") or Path("checkpoints") / f"{data}-{time.strftime('%Y%m%d-%H%M%S')}"
-    held = [n for n in ("last.pt", "best.pt", "history.csv", "recipe.txt") if (out / n).exists()]
-    if held:
-        raise UserError(f"{out} already holds a run ({held[0]}); use --resume, or another --out")
-    if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
-        raise UserError(f"--out {out} is, or lies in, a file; give a folder")
-    return out
-
-
 def write_history(out: Path, history: list[dict[str, float]], footer: str) -> None:
-    """Writes history.csv and draws curves.png."""
-    path = out / "history.csv"
-    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(history[0]))
-        writer.writeheader()
-        writer.writerows(history)
-    later("support.figures", "draw_curves")(history, out / "curves.png", footer)
+    """Writes history.csv and draws curves.png; one that another program has open stays as it is."""
+
+    def write_table(path: Path) -> None:
+        with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(history[0]))
+            writer.writeheader()
+            writer.writerows(history)
+
+    def draw(path: Path) -> None:
+        later("support.figures", "draw_curves")(history, path, footer)
+
+    for path, write in ((out / "history.csv", write_table), (out / "curves.png", draw)):
+        try:
+            write(path)
+        except UserError as error:
+            if not isinstance(error.__cause__, PermissionError):
+                raise
+            warn(f"{error}; is it open elsewhere? The next epoch, or --resume, tries again")
+
+
+def complete(out: Path, home: Path, earlier: dict[str, Any]) -> int:
+    """What there is to do for a finished run: it may have been stopped before its last file."""
+    write_history(out, earlier["history"], earlier.get("origin", ""))
+    further = "; --epochs N goes further" if home == out else ""
+    print(f"{out}: this run is finished after {earlier['epoch']} epochs{further}")
+    return 0
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
@@ -172,61 +255,47 @@ def resumed(place: Path, typed: dict[str, Any], parser: Parser) -> tuple[Namespa
                 f"{dashed('--' + flag)} {typed[flag]} differs from the run's {config[flag]}; "
                 "leave it out, or start a new run with another --out"
             )
-    sweep_run(path.parent)
     changed = {flag: x for flag, x in typed.items() if flag in MAY_CHANGE}
-    return Namespace(**{**config, **changed, "out": path.parent}), content
+    if "data" in typed:  # which its content decides: see `read_data`
+        changed["data"] = wanted["data"]
+    options = Namespace(**{**config, **changed, "out": path.parent})
+    device = choose_device(options.device)
+    options.precision = precision_of(config["precision"], typed.get("precision", "auto"), device)
+    for name, now, before in (
+        ("device", device.type, content.get("device", device.type)),
+        ("precision", options.precision, config["precision"]),
+    ):
+        if now != before:
+            line = f"the run's --{name} was {before} and is now {now}: it ends in other bits"
+            warn(f"{line} than it would have, and much the same figures")
+    return options, content
 
 
-def sweep_run(folder: Path) -> None:
-    """Deletes what killed processes left half written in a run's folder, or in a recipe's."""
-    for name in ("last.pt", "best.pt", "history.csv", "curves.png", "config.json", "recipe.txt"):
-        sweep(folder / name)
+def precision_of(before: str, typed: str, device: torch.device) -> str:
+    """The precision in which a run goes on: its own, unless another is typed or the device's."""
+    if typed != "auto":
+        return choose_precision(typed, device)
+    try:
+        return choose_precision(before, device)
+    except UserError:  # fp16 on a CPU
+        return choose_precision("auto", device)
 
 
-def say_stopped(out: Path, home: Path) -> None:
-    """How a stopped run goes on."""
-    saved = (out / "last.pt").exists() or home != out
-    go_on = f"go on from the last whole epoch: python train.py --resume {home}"
-    warn(f"stopped; {go_on if saved else 'no epoch was finished'}")
-
-
-# ------------------------------------------------------------------- what a run says of itself
-
-COLUMNS = {  # of the table on the screen: key -> (title, format)
-    "epoch": ("epoch", "{:5d}"),
-    "train_loss": ("loss", "{:7.3f}"),
-    "dev_loss": ("dev loss", "{:8.3f}"),
-    "top1_i2t": ("top1 i2t", "{:8.1f}"),
-    "top1_t2i": ("t2i", "{:5.1f}"),
-    "i2t_r1": ("i2t R@1", "{:7.1f}"),
-    "i2t_r5": ("R@5", "{:5.1f}"),
-    "i2t_r10": ("R@10", "{:5.1f}"),
-    "i2t_medr": ("medr", "{:5.0f}"),
-    "t2i_r1": ("t2i R@1", "{:7.1f}"),
-    "t2i_r5": ("R@5", "{:5.1f}"),
-    "t2i_r10": ("R@10", "{:5.1f}"),
-    "t2i_medr": ("medr", "{:5.0f}"),
-    "mean_recall": ("mean", "{:5.1f}"),
-    "logit_scale": ("scale", "{:5.1f}"),
-    "images_per_second": ("img/s", "{:6.0f}"),
-    "seconds": ("s", "{:5.0f}"),
-    "minutes": ("min", "{:6.1f}"),  # since the run began, its preparation included
-}
-
-
-def table_head() -> str:
-    return " ".join(title.rjust(len(form.format(0))) for title, form in COLUMNS.values())
-
-
-def table_line(record: dict[str, float]) -> str:
-    cells = ((form.format(record[key]), len(title)) for key, (title, form) in COLUMNS.items())
-    return " ".join(cell.rjust(width) for cell, width in cells)
-
-
-def say_duration(seconds: float, epochs: int) -> None:
-    """How long a run will take, after its first steps."""
-    minutes = f"{seconds * epochs / 60:.1f} min for {epochs}"
-    tqdm.write(f"about {seconds:.0f} s an epoch, {minutes}, besides what measuring dev takes")
+@contextlib.contextmanager
+def fitting(options: Namespace) -> Iterator[None]:
+    """Too little memory, of the machine or its GPU, in one line."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not out_of_memory(error):
+            raise
+        what = f"--batch-size {options.batch_size} at --image-size {options.image_size}"
+        each = f" with --captions-per-image {options.captions_per_image}"
+        each = each if options.captions_per_image > 1 else ""
+        raise UserError(
+            f"out of memory: {what}{each} does not fit; lower one of them, or take a smaller "
+            "tower; what was saved last is intact"
+        ) from error
 
 
 def is_finished(history: list[dict[str, float]], options: Namespace) -> bool:
@@ -246,10 +315,15 @@ def read_data(options: Namespace, earlier: dict[str, Any] | None) -> CaptionedIm
     place = options.splits, size, options.cache, options.workers, options.titles
     dataset = load_dataset(options.data, *place)
     print(dataset.summary())
+    if options.titles != "hide" and not dataset.records:
+        warn(f"no effect on this run: --titles {options.titles} (the data are no films)")
     if earlier and dataset.fingerprint != earlier["fingerprint"]:
+        what = "--resume: the data has changed since"
+        if options.data != earlier["config"]["data"]:
+            what = f"--data {options.data} differs from the run's data"
         raise UserError(
-            f"--resume: the data has changed since (fingerprint {dataset.fingerprint}, the run's "
-            f"is {earlier['fingerprint']}); put it back, or start a new run"
+            f"{what} (fingerprint {dataset.fingerprint}, the run's is {earlier['fingerprint']}); "
+            "give the run's own, or start a new run"
         )
     return dataset
 
@@ -280,24 +354,3 @@ def model_of(options: Namespace, dataset: CaptionedImages, earlier: dict[str, An
     if init:
         fill_from(model, init, options.init)
     return model
-
-
-def describe(run: Run, options: Namespace) -> str:
-    """The line before the table: towers, sizes, precision and what chance would give."""
-    model, learner, pairs = run.model, run.learner, run.pairs
-    weights = sum(weight.numel() for weight in model.parameters())
-    learned = sum(weight.numel() for weight in learner.parameters() if weight.requires_grad)
-    images, tokenizer = len(pairs["train"].rows), model.tokenizer
-    tokenizer.cut = 0
-    for split in ("train", "dev"):
-        tokenizer(pairs[split].captions)  # counts those that are cut
-        for remark in unknown_words([tokenizer], pairs[split].captions, f"{split} captions"):
-            warn(remark)
-    return (
-        f"model: {options.image_tower} at {options.image_size} px and {options.text_tower}, "
-        f"{weights:,} weights of which {learned:,} learn; "
-        f"vocabulary {len(tokenizer.vocabulary):,} words, {tokenizer.cut:,} captions cut to "
-        f"{tokenizer.max_tokens} tokens; {options.precision} on {model.device}; "
-        f"{images:,} images in {len(pairs['train'].sampler(options)):,} batches; "
-        f"chance on dev: R@1 {100 / len(pairs['dev'].rows):.2f}%"
-    )

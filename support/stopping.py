@@ -30,11 +30,23 @@ def stopped() -> str:
 
 
 last_words: list[Callable[[], str]] = [stopped]  # the last of them is said
-state = {"said": False, "stopping": False}
+undoing: list[Callable[[], Any]] = []  # what must not be left behind
+state = {"listening": False, "stopping": False, "said": False}
+
+
+def in_a_script() -> bool:
+    """Whether a script of the project runs, and not a worker of its, or a test."""
+    project = Path(__file__).resolve().parents[1]
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "none").resolve()
+    return script.parent in (project, project / "report")
 
 
 def listen() -> None:
     """From here on a signal ends the process at once: nothing is begun that could be left half."""
+    if state["listening"]:
+        return
+    state["listening"] = True
+    fill_closed()
     receiver, sender = socket.socketpair()  # not a pipe: Windows wants a socket
     sender.setblocking(False)
     for signum in SIGNALS:
@@ -42,6 +54,15 @@ def listen() -> None:
     signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     sys.unraisablehook = quiet_hook(sys.unraisablehook)
     threading.Thread(target=watch, args=(receiver, sender), daemon=True).start()
+
+
+def fill_closed() -> None:
+    """Where stdin, stdout or stderr is closed, no file that is opened later takes its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
 def handle(signum: int, handler: Callable[[int, Any], None]) -> None:
@@ -61,9 +82,17 @@ def watch(receiver: socket.socket, _sender: socket.socket) -> None:
 
 
 def leave(signum: int, _frame: Any = None) -> None:
-    """Says the last words and is gone. Workers follow: see support/workers.py."""
+    """Says the last words, tidies and is gone. Workers follow: see support/workers.py."""
     say()
-    os._exit(128 + signum)
+    end(128 + signum)
+
+
+def end(code: int) -> None:
+    """Undoes what must not be left, and waits for nothing else."""
+    for action in reversed(undoing):
+        with contextlib.suppress(Exception):
+            action()
+    os._exit(code)
 
 
 def say() -> None:
@@ -103,6 +132,17 @@ def saying(words: Callable[[], str]) -> Iterator[None]:
         yield
     finally:
         last_words.pop()
+
+
+@contextlib.contextmanager
+def undone(action: Callable[[], Any]) -> Iterator[None]:
+    """Calls `action` when the block ends, and also when the process ends inside it."""
+    undoing.append(action)
+    try:
+        yield
+    finally:
+        undoing.remove(action)
+        action()
 
 
 def code_of(error: KeyboardInterrupt) -> int:

@@ -13,11 +13,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from support.command import UserError
-from support.stopping import SIGNALS
+from support.stopping import SIGNALS, undone
 
 
 def in_processes(
@@ -31,25 +32,30 @@ def in_processes(
     # Forked workers start at once and do nothing but `work`; elsewhere forking is not safe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     workers = min(workers, 61) if sys.platform == "win32" else workers  # Windows waits for no more
-    pool, waiting, done = ProcessPoolExecutor(workers, context, begin_worker), deque(), False
-    items = iter(items)
-    try:
-        while chunk := list(islice(items, chunksize)):
-            with held_back():  # this may start processes
-                waiting.append(pool.submit(of_each, work, chunk))
-            if len(waiting) > workers + 2:
+    pool, waiting, items = ProcessPoolExecutor(workers, context, begin_worker), deque(), iter(items)
+    with undone(partial(end, pool)):
+        try:
+            while chunk := list(islice(items, chunksize)):
+                with held_back():  # this may start processes
+                    waiting.append(pool.submit(of_each, work, chunk))
+                if len(waiting) > workers + 2:
+                    yield from waiting.popleft().result()
+            while waiting:
                 yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-        done = True
-    except BrokenProcessPool as error:
-        problem = f"one of {workers} processes was killed, most often for want of memory"
-        raise UserError(f"{problem}; give fewer: --workers {max(1, workers // 4)}") from error
-    finally:
-        if not done:  # nobody wants what they are at
-            for child in multiprocessing.active_children():
-                child.kill()
-        pool.shutdown(wait=done)
+            pool.shutdown()
+        except BrokenProcessPool as error:
+            problem = f"one of {workers} processes was killed, most often for want of memory"
+            raise UserError(f"{problem}; give fewer: --workers {max(1, workers // 4)}") from error
+
+
+def end(pool: ProcessPoolExecutor) -> None:
+    """Ends the processes that are left, and does not wait for what they are at."""
+    pool.shutdown(wait=False)
+    children = multiprocessing.active_children()
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join(0.5)  # else its number stays in use
 
 
 def of_each(work: Callable[[Any], Any], items: list[Any]) -> list[Any]:
