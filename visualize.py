@@ -10,6 +10,7 @@ import support.python  # noqa: F401  refuses a Python that is too old, before al
 
 # isort: split
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from evaluate import Embedded, first_captions
 from sources.opening import thumbnail
 from support import zeroshot
 from support.checkpoint import load_checkpoint
-from support.command import Parser, UserError, later, number, run, warn
+from support.command import Parser, UserError, later, number, output, run, say_unused, warn
 from support.embedding import Trained, load_trained, trained_on
 from support.figures import GREEN, GREY, INK, PALETTE, RED, canvas, draw_curves, wrapped, write
 
@@ -87,12 +88,13 @@ def embed_folder(trained: Trained, options: Namespace) -> Pictures:
 
 def whole_history(trained: Trained) -> list[dict[str, float]]:
     """The history of the (first) run up to its last epoch: best.pt ends with the best one."""
-    history, config = trained.content["history"], trained.content["config"]
+    history = known = trained.content["history"]
     of_recipe = trained.path.with_name("recipe.txt").is_file()  # its runs have folders of their own
     for last in trained.path.parent.glob("*/last.pt" if of_recipe else "last.pt"):
-        content = load_checkpoint(last)
-        if content["config"] == config:
-            history = max(history, content["history"], key=len)
+        with contextlib.suppress(UserError):  # it may be damaged where best.pt is whole
+            further = load_checkpoint(last)["history"]
+            if further[: len(known)] == known:  # the same run, whatever it was resumed with
+                history = max(history, further, key=len)
     return history
 
 
@@ -387,8 +389,12 @@ def main(argv: list[str]) -> None:
         raise UserError("--zero-shot draws confusion.png only; leave --query out")
     if options.templates and not options.zero_shot:
         raise UserError("--templates goes with --zero-shot")
+    if options.zero_shot or options.images:
+        unused = "a folder of its own is read"
+        say_unused(parser.typed(argv), ("data", "splits", "split"), unused)
     trained = load_trained(options.checkpoint, options.device)
     options.out = options.out or trained.path.parent / "figures"
+    output(str(options.out / "figure.png"))  # can it be written? before the work
     draw = draw_zero_shot if options.zero_shot else draw_search if options.query else draw_split
     draw(trained, options)
 

@@ -64,7 +64,7 @@ def describe(run: Run, options: Namespace) -> str:
         for remark in unknown_words([tokenizer], pairs[split].captions, f"{split} captions"):
             warn(remark)
     dev = len(pairs["dev"].rows)
-    few = f" (dev has {dev} images: with fewer than {FEW} recalls tell little)" if dev < FEW else ""
+    few = f" (dev has {dev}: with fewer than {FEW} images recalls tell little)" if dev < FEW else ""
     return (
         f"model: {options.image_tower} at {options.image_size} px and {options.text_tower}, "
         f"{weights:,} weights of which {learned:,} learn; "
