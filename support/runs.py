@@ -313,7 +313,13 @@ def read_data(options: Namespace, earlier: dict[str, Any] | None) -> CaptionedIm
     """The data of a run, and a line about it. Raises UserError when it has changed since."""
     size = image_transform(options)["stored_size"]
     place = options.splits, size, options.cache, options.workers, options.titles
-    dataset = load_dataset(options.data, *place)
+    try:
+        dataset = load_dataset(options.data, *place)
+    except UserError as error:
+        if not earlier or Path(options.data).exists():
+            raise
+        hint = "if it has moved: --resume ... --data PATH"
+        raise UserError(f"the run's data {options.data} is not there; {hint}") from error
     print(dataset.summary())
     if options.titles != "hide" and not dataset.records:
         warn(f"no effect on this run: --titles {options.titles} (the data are no films)")

@@ -148,10 +148,10 @@ def idle(options: Namespace) -> dict[str, list[str]]:
         (pretrained, ["text_width", "text_layers", "min_count"], f"{text} has its own"),
         (pretrained, ["dropout"], f"{text} has none"),
         (text == "bag", ["text_layers"], "a bag of words has none"),
-        (not options.train_text, ["dropout"], "the text tower is frozen"),
+        (not options.train_text and not pretrained, ["dropout"], "the text tower is frozen"),
         (not any(learning), ["tower_lr"], "no pretrained tower learns"),
         (
-            not maps,
+            not maps and not options.captions_alone,
             ["map_crop"],
             f"no maps of {tower} are kept: it is for --train-image 1 or more "
             "above frozen blocks, and --image-augment none",
