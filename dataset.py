@@ -12,8 +12,7 @@ import support.python  # noqa: F401  refuses a Python that is too old, before al
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from sources.collection import Collection
 from sources.pictures import AUGMENTATIONS, CACHE, augment, resize
 from sources.texts import text_ids, words_of
+from support.ahead import ahead
 from support.command import Parser, UserError, later, number, run
 
 if TYPE_CHECKING:
@@ -297,22 +297,6 @@ class Pairs(torch.utils.data.Dataset):
         position = np.searchsorted(kept, self.caption_image[chosen])
         rows = self.rows[kept]
         return Pairs(self.dataset, self.name, rows, captions, position, self.tokenizer)
-
-
-def ahead(function: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
-    """`function` of each argument; a thread prepares the next result while one is used.
-
-    It works in NumPy alone: torch in a second thread would wake a second set of its own threads.
-    """
-    with ThreadPoolExecutor(1) as thread:
-        waiting = None
-        for argument in arguments:
-            coming = thread.submit(function, argument)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = coming
-        if waiting is not None:
-            yield waiting.result()
 
 
 # ------------------------------------------------------------------------------ the script

@@ -25,6 +25,9 @@ from models import CLIP
 from support.command import Parser, UserError, atomic_write, later, output, run, say_unused, warn
 from support.device import keep_memory
 from support.embedding import Trained, embed_pairs, load_trained, side_by_side, trained_on
+from support.own_split import as_in_run, strangeness
+from support.protocol import protocol_line, protocol_of
+from support.unread import unread
 
 # ------------------------------------------------------------------------- ranks and recalls
 
@@ -160,10 +163,14 @@ def evaluate_split(model: CLIP, pairs: Pairs) -> Embedded:
 
 def contrastive_loss(embedded: Embedded, scale: float, batch_size: int) -> float:
     """The loss of a split, first captions only, in batches of the size used in training."""
+    first = first_captions(embedded.pairs.caption_image)
     images = torch.from_numpy(embedded.image_embeddings)
-    texts = torch.from_numpy(embedded.text_embeddings[first_captions(embedded.pairs.caption_image)])
+    texts = torch.from_numpy(embedded.text_embeddings[first])
+    ids = torch.from_numpy(embedded.pairs.text_ids[first])
     parts = torch.arange(len(images)).tensor_split(-(-len(images) // batch_size))
-    losses = [info_nce(images[part], texts[part], scale) * len(part) for part in parts]
+    losses = [
+        info_nce(images[part], texts[part], scale, text_ids=ids[part]) * len(part) for part in parts
+    ]
     return float(sum(losses) / len(images))
 
 
@@ -177,7 +184,8 @@ FEATURES = later("posters.words", "features_for_evaluation")
 def load_data_for(trained: Trained, options: Namespace) -> tuple[CaptionedImages, Pairs]:
     """The data that the flags name, or what the checkpoint was trained on, and its --split.
 
-    Prints what was loaded. Raises UserError.
+    Without --splits the split is the run's own, wherever its images lie now. Prints what was
+    loaded, and where it is not the run's. Raises UserError.
     """
     config, data = trained.options, options.data
     splits = options.splits or ("auto" if data else config.splits)
@@ -188,7 +196,11 @@ def load_data_for(trained: Trained, options: Namespace) -> tuple[CaptionedImages
     except UserError as error:
         hint = "" if data else " (the data that it was trained on; --data PATH names another place)"
         raise UserError(f"{error}{hint}") from error
+    if options.splits is None:
+        dataset = as_in_run(dataset, trained.content)
     print(dataset.summary())
+    if sentence := strangeness(dataset, trained):
+        print(sentence)
     return dataset, dataset.pairs(options.split, first.tokenizer)
 
 
@@ -206,38 +218,6 @@ def evaluate_trained(
         parts.append(embed_pairs(learner, pairs))
     images, texts = zip(*parts, strict=True)
     return ranked(pairs, side_by_side(images), side_by_side(texts))
-
-
-def protocol_of(dataset: CaptionedImages, pairs: Pairs) -> dict[str, Any]:
-    """What a figure must be read with: pool sizes, the split and how ranks are counted."""
-    per_image = np.bincount(pairs.caption_image)
-    return {
-        "data": dataset.path,
-        "split": pairs.name,
-        "splits": dataset.splits,
-        "split_by_caption": dataset.by_caption,
-        "images": len(pairs.rows),
-        "captions": len(pairs),
-        "captions_per_image": [int(per_image.min()), int(per_image.max())],
-        "i2t": "rank of the best of the image's captions among all captions",
-        "t2i": "rank of the caption's image among all images",
-        "ties": "lost",
-        "interval": "95%, bootstrap over images, 1000 resamples",
-        "fingerprint": dataset.fingerprint,
-    }
-
-
-def protocol_line(protocol: dict[str, Any]) -> str:
-    low, high = protocol["captions_per_image"]
-    each = f"{low}" if low == high else f"{low} to {high}"
-    line = (
-        f"protocol: {protocol['images']:,} images x {each} captions = {protocol['captions']:,}, "
-        f"{protocol['splits']} {protocol['split']} split; i2t counts the best of an image's "
-        "captions; ties lose; percent; ranks from 1; 95% bootstrap intervals over images"
-    )
-    if protocol["split_by_caption"]:
-        line += "; WARNING: the split is by caption, test images were trained on"
-    return line
 
 
 def metrics_table(metrics: dict[str, float], intervals: dict[str, list[float]]) -> str:
@@ -297,6 +277,8 @@ def measure(trained: Trained, options: Namespace) -> dict[str, Any]:
     dataset, pairs = load_data_for(trained, options)
     if seen := int(trained_on(trained, dataset, pairs.rows).sum()):
         warn(f"{seen:,} of the {len(pairs.rows):,} images evaluated were trained on")
+    for remark in unread(trained.tokenizers, pairs.captions, "captions"):
+        warn(remark)
     protocol = {
         **protocol_of(dataset, pairs),
         "trained_on": seen,
@@ -307,9 +289,6 @@ def measure(trained: Trained, options: Namespace) -> dict[str, Any]:
         ranks = "rank among the group's films, one introduction a film"
         return {**figures, "protocol": {**protocol, "i2t": ranks, "t2i": ranks}}
     embedded = evaluate_trained(trained, dataset, options.split, options)
-    tokenizer = trained.members[0].tokenizer
-    if tokenizer.cut:
-        print(f"{tokenizer.cut:,} captions were cut to {tokenizer.max_tokens} tokens")
     intervals = bootstrap_intervals(embedded.i2t, embedded.t2i, pairs.caption_image)
     print(protocol_line(protocol))
     print(metrics_table(embedded.metrics, intervals))

@@ -100,7 +100,7 @@ def wide_code(data: bytes) -> str | None:
         return None
     even, odd = data[::2], data[1::2]
     for encoding, zeros, others in (("utf-16-le", odd, even), ("utf-16-be", even, odd)):
-        if zeros.count(0) > 0.2 * len(zeros) and others.count(0) < 0.01 * len(others):
+        if zeros.count(0) > max(0.2 * len(zeros), 4 * others.count(0)):
             return encoding
     return None
 

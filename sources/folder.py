@@ -151,7 +151,7 @@ def strange_places(meant: dict[tuple[str, str], Path], pictures: Pictures) -> li
         return []
     (name, _), path = next(iter(strange.items()))
     found = "/".join(pictures.parts[path])
-    return [f"{len(strange):,} images lie in other folders than the captions say ({name}: {found})"]
+    return [f"images in other folders than their captions say: {len(strange):,} ({name}: {found})"]
 
 
 def check_readable(folder: Path, count: int, unreadable: list[str]) -> None:

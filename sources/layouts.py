@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sources.names import is_hidden, visible_folders
-from sources.reading import FORM, Reading, Row, clean_text, reason_of, shortened, split_in, split_of
+from sources.reading import FORM, Reading, Row, reason_of, shortened, split_in, split_of
 from sources.records import read_coco, read_json, read_karpathy, read_records
 from sources.tables import read_lines
+from sources.texts import clean_text
 from support.command import UserError, later
 
 __all__ = ["HOW_TO_GET", "LAYOUTS", "Row", "find_files", "read_folder", "read_json"]
@@ -129,7 +130,7 @@ def find_captions(reading: Reading) -> list[Path]:
 
     Raises UserError where there are several of which one would have to be chosen.
     """
-    files = [path for path in candidates(reading) if not is_listing(path, reading)]
+    files = candidates(reading)
     groups = defaultdict(list)
     for path in files:
         words = re.findall(r"[a-z]+|[^a-z]+", path.stem.lower())
@@ -150,7 +151,8 @@ def candidates(reading: Reading) -> list[Path]:
     for depth in (1, 2):
         near = [p for p in reading.files if len(p.relative_to(reading.folder).parts) <= depth]
         found = [p for p in near if p.suffix.lower() in (*RECORDS, *TABLES)]
-        if found := [path for path in found if not NO_CAPTIONS.match(path.name)]:
+        found = [path for path in found if not NO_CAPTIONS.match(path.name)]
+        if found := [path for path in found if not is_listing(path, reading)]:
             return found
     return []
 
@@ -229,8 +231,10 @@ def cleaned(row: Row) -> Row:
     for name in (row.image, row.place):
         if not isinstance(name, str):
             raise TypeError(f"a picture's name is {shortened(repr(name))}")
-    texts = {"caption": clean_text(row.caption), "title": clean_text(row.title)}
-    return row._replace(image=row.image.strip(), genres=row.genres.strip(), **texts)
+    caption, title = clean_text(row.caption).strip(), clean_text(row.title).strip()
+    return row._replace(
+        image=row.image.strip(), caption=caption, title=title, genres=row.genres.strip()
+    )
 
 
 def nothing_found(reading: Reading) -> UserError:

@@ -25,7 +25,7 @@ NOT_OURS = {
 
 def is_picture(name: str) -> bool:
     """Whether a name ends as a picture's does; `a.jpg.1`, a quirk of Flickr8k, counts."""
-    return Path(re.sub(r"\.\d+$", "", name)).suffix.lower() in EXTENSIONS
+    return Path(re.sub(r"\.\d+$", "", name)).suffix.lower() in {*EXTENSIONS, ".heic", ".heif"}
 
 
 def is_hidden(name: str) -> bool:
@@ -91,6 +91,11 @@ class Pictures:
         self.folder = folder
         self.parts = {path: parts_of(path.relative_to(folder).as_posix()) for path in sorted(paths)}
         self.at = {parts: path for path, parts in self.parts.items()}
+        self.folders = {  # the ends of the folders that hold pictures
+            tuple(map(str.casefold, parts[i:-1]))
+            for parts in self.parts.values()
+            for i in range(len(parts) - 1)
+        }
         self.names, self.stems, self.numbers = (defaultdict(list) for _ in range(3))
         for path, parts in self.parts.items():
             name = parts[-1].casefold()
@@ -144,6 +149,8 @@ class Pictures:
             return shared_end(parts[:-1], own), shared_end(folders, own), own == folders, exact
 
         most = max(map(likeness, found))
+        if round(most[0]) < len(parts) - 1 and tuple(map(str.casefold, parts[:-1])) in self.folders:
+            return None  # its folder is there, and the picture is not in it
         found = [path for path in found if likeness(path) == most]
         if len(found) > 1 and not same_content(found):
             shown = " and ".join("/".join(self.parts[path]) for path in found[:2])

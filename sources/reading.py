@@ -4,7 +4,6 @@ sources/layouts.py makes the Reading of a folder, the readers beside it fill it.
 """
 
 import re
-import unicodedata
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -98,17 +97,3 @@ def split_in(name: str) -> str:
     """The split that a file's name tells between its other words, `coco_karpathy_val` -> dev."""
     found = {split_of(word) for word in re.findall(r"[a-z]+", name.lower())} - {""}
     return found.pop() if len(found) == 1 else ""
-
-
-def clean_text(text: str) -> str:
-    """A caption as models read it: in NFC, without control characters and half letters."""
-    if text.isascii() and text.isprintable():
-        return text.strip()
-    text = unicodedata.normalize("NFC", text)
-    kept = (" " if x.isspace() else x for x in text if x.isspace() or not is_control(x))
-    return "".join(kept).strip()
-
-
-def is_control(letter: str) -> bool:
-    """Control characters, lone surrogates, and the byte order mark."""
-    return unicodedata.category(letter) in ("Cc", "Cs") or letter == "\ufeff"

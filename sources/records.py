@@ -92,11 +92,25 @@ def read_records(path: Path, reading: Reading, split: str = "", place: str = "")
     elif path.suffix.lower() in (".jsonl", ".ndjson"):
         content = read_jsonl(path, reading)
     else:
-        content = read_json(path, reading)
+        content = read_json_or_lines(path, reading)
     try:
         yield from rows_in(content, path, reading, split, place)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not understood: {reason_of(error)}; {FORM}") from error
+
+
+def read_json_or_lines(path: Path, reading: Reading) -> Any:
+    """The content of a .json file, which may also hold one entry a line."""
+    try:
+        return read_json(path, reading)
+    except UserError:
+        try:
+            several = [isinstance(json.loads(x), dict) for _, x in reading.lines(path)[:2]]
+        except (ValueError, RecursionError):
+            several = []
+        if several != [True, True]:
+            raise
+        return read_jsonl(path, reading)
 
 
 def read_parquet(path: Path) -> list[dict]:

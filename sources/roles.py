@@ -85,8 +85,11 @@ def columns_of(
     Raises UserError, with the header, when they are not understood.
     """
     width = len(header) if header is not None else min(map(len, rows))
-    rows = [row for row in rows if len(row) >= width] or rows
     roles = [role_of(name) for name in header] if header is not None else [""] * width
+    rows = [row for row in rows if len(row) >= width] or rows
+    if roles.count("caption") == 1:  # its own commas would move the columns behind it
+        rough = Columns(0, [roles.index("caption")], None, width)
+        rows = [rough.aligned(list(row), ",") or row for row in rows]
     columns = [[row[i] if i < len(row) else "" for row in rows] for i in range(width)]
     image = image_column(roles, columns, pictures)
     captions = [i for i, role in enumerate(roles) if role == "caption" and i != image]

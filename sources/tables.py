@@ -132,7 +132,7 @@ def head_of(
     def stems(choice: str) -> int:
         return sum(len(row) > 1 and any(map(pictures.has, row)) for row in rows[choice])
 
-    best = max(choices, key=lambda choice: (named(choice), stems(choice)))
+    best = max(choices, key=lambda choice: (named(choice), stems(choice), len(rows[choice][0])))
     first = rows[best][0]
     headless = any(names_picture(cell, pictures) for cell in first)
     return best, None if headless else [name.strip() for name in first]

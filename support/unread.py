@@ -39,8 +39,13 @@ def unknown_words(tokenizers: Sequence[Tokenizer], texts: Sequence[str], name: s
     return [f"{share:.0%} of the words of the {name} are unknown ({some} ...): they {known}"]
 
 
+def unread(tokenizers: Sequence[Tokenizer], texts: Sequence[str], name: str) -> list[str]:
+    """All that is to be said of the texts called `name`."""
+    return unknown_words(tokenizers, texts, name) + cut_off(tokenizers, texts, name)
+
+
 def cut_off(tokenizers: Sequence[Tokenizer], texts: Sequence[str], name: str) -> list[str]:
     """A sentence on the texts that are longer than the first model reads, or []."""
     most = tokenizers[0].max_tokens
     cut = sum(length > most for length in map(tokenizers[0].length, texts))
-    return [f"{cut:,} of {len(texts):,} {name} cut to {most} tokens"] if cut else []
+    return [f"{cut:,} of {len(texts):,} {name} are cut to {most} tokens"] if cut else []

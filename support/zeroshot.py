@@ -3,7 +3,6 @@
 evaluate.py --zero-shot prints what `zero_shot` finds; visualize.py draws it and searches folders.
 """
 
-import os
 import re
 from argparse import Namespace
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sources.names import walk_files
 from sources.opening import EXTENSIONS
 from sources.pictures import decode_all
 from sources.texts import clean_text
@@ -22,7 +22,6 @@ from support.embedding import Trained
 from support.figures import canvas, wrapped
 
 BLOCK = 100  # pictures that are held decoded at once
-THUMBNAILS = {"@eaDir", "__MACOSX"}  # folders of what other programs think of pictures
 
 
 def find_pictures(folder: Path) -> list[Path]:
@@ -32,19 +31,12 @@ def find_pictures(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give one with pictures in it")
-    found, others, seen = [], Counter(), set()
-    for place, inner, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:  # a link back
-            inner.clear()
-            continue
-        seen.add(real)
-        inner[:] = [name for name in inner if name[0] != "." and name not in THUMBNAILS]
-        inner.sort(key=lambda name: (Path(place, name).is_symlink(), name))  # links last
-        for path in (Path(place, name) for name in names if name[0] != "."):
-            if path.suffix.lower() in EXTENSIONS and path.is_file():
-                found.append(path)
-            else:
-                others[path.suffix.lower() or "without extension"] += 1
+    found, others = [], Counter()
+    for path in walk_files(folder):
+        if path.suffix.lower() in EXTENSIONS:
+            found.append(path)
+        else:
+            others[path.suffix.lower() or "without extension"] += 1
     if others:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common())
         heic = "; .heic needs pip install pillow-heif" if {".heic", ".heif"} & {*others} else ""
