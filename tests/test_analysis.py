@@ -9,13 +9,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import listed, photo
+from conftest import listed, pairs, photo
 from PIL import Image
 from scipy import stats
 
 import evaluate
 import visualize
-from report import analysis, causes, groups, predictions
+from dataset import load_dataset
+from report import analysis, causes, groups, leak, predictions
 from support.command import UserError
 from support.results import cell_of, read_csv, write_csv
 
@@ -483,3 +484,40 @@ def test_analysis_of_a_run_and_its_figures(run, tiny_run, tmp_path, capsys, monk
     assert drawn == [f"analysis_{name}.png" for name in ("captions", "causes", "pictures", "words")]
     with pytest.raises(UserError, match="is no analysis"):
         visualize.main(["--analysis", str(tmp_path / "figures")])
+
+
+# ---------------------------------------------------------------------------------- the leak
+
+
+def test_the_leak_is_by_line_and_marked(photo_data, cache, tmp_path, capsys):
+    leak.main(["--data", str(photo_data), "--out", str(tmp_path / "leak")])
+    assert "test pictures are trained on too" in capsys.readouterr().out
+    links = list((tmp_path / "leak" / "images").iterdir())
+    assert len(links) == 40 and all(link.is_symlink() for link in links)
+    data = load_dataset(tmp_path / "leak", "given", 32, cache, 0)
+    assert data.by_caption and "by caption" in capsys.readouterr().err
+    lines = [(data.names[i], c) for i, c in zip(data.caption_image, data.captions, strict=True)]
+    assert sorted(lines) == sorted(pairs(40))  # every line once
+    counts = {name: int((data.labels == name).sum()) for name in ("train", "dev", "test")}
+    assert counts == {"train": 160, "dev": 20, "test": 20}
+    trained = {line[0] for line, label in zip(lines, data.labels, strict=True) if label == "train"}
+    tested = {line[0] for line, label in zip(lines, data.labels, strict=True) if label == "test"}
+    assert tested <= trained
+    refused = load_dataset(tmp_path / "leak", "auto", 32, cache, 0)
+    assert not refused.by_caption
+
+
+def test_the_pool_and_the_lot_of_the_leak(photo_data, tmp_path):
+    words = ["--data", str(photo_data), "--pool", "5"]
+    for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        leak.main([*words, "--out", str(tmp_path / out), "--seed", seed])
+    texts = [(tmp_path / out / "test_captions.txt").read_text("utf-8") for out in "abc"]
+    assert texts[0] == texts[1] != texts[2]
+    for text in texts:
+        rows = list(csv.DictReader(text.splitlines()))
+        assert len({row["image"] for row in rows}) == 5
+        assert {(row["image"], row["caption"]) for row in rows} <= set(pairs(40))
+    with pytest.raises(UserError, match="is there already"):
+        leak.main([*words, "--out", str(tmp_path / "a")])
+    with pytest.raises(UserError, match="does not exist"):
+        leak.main(["--data", str(tmp_path / "none"), "--out", str(tmp_path / "d")])
