@@ -16,8 +16,9 @@ from scipy import stats
 import evaluate
 import visualize
 from dataset import load_dataset
-from report import analysis, causes, groups, leak, predictions
+from report import analysis, causes, groups, leak, occlusion, predictions
 from support.command import UserError
+from support.finder import places_that_matter, words_that_matter
 from support.results import cell_of, read_csv, write_csv
 
 # --------------------------------------------------------------------------- CSV and predictions
@@ -521,3 +522,41 @@ def test_the_pool_and_the_lot_of_the_leak(photo_data, tmp_path):
         leak.main([*words, "--out", str(tmp_path / "a")])
     with pytest.raises(UserError, match="does not exist"):
         leak.main(["--data", str(tmp_path / "none"), "--out", str(tmp_path / "d")])
+
+
+# -------------------------------------------------------------------------------- occlusion
+
+
+def test_occlusion_finds_the_word_and_the_place(monkeypatch, tmp_path):
+    """A model that knows one word and the brightness of one corner."""
+
+    class Known:
+        def embed_texts(self, texts):
+            return np.array([[1.0 if "dog" in text.split() else 0.2, 0.5] for text in texts])
+
+        def embed_pixels(self, pixels_at):
+            corner = pixels_at(28)[:, :4, :4].mean((1, 2, 3)) / 255
+            return np.stack([corner, 0 * corner], 1)
+
+    falls = words_that_matter(Known(), "a dog runs", np.array([1.0, 0.0]))
+    assert [(word, round(fall, 6)) for word, fall in falls] == [("a", 0), ("dog", 0.8), ("runs", 0)]
+    pixels = np.zeros((70, 70, 3), np.uint8)
+    pixels[:10, :10] = 255
+    places = places_that_matter(Known(), Image.fromarray(pixels), np.array([1.0, 0.0]))
+    assert places.shape == (7, 7) and places.argmax() == 0 and places[3:, 3:].max() == 0
+
+    drawn = []
+    monkeypatch.setattr(occlusion, "draw_words", lambda axes, falls, rank: drawn.append(falls))
+    embedded = ranked(np.eye(2), np.eye(2)[[0, 0]], ["a dog", "dog"], [0, 1])
+    embedded.pairs.captions[1] = "dog"
+    picture = lambda place: Image.fromarray(pixels)  # noqa: E731
+    occlusion.draw_occlusion(tmp_path / "a.png", Known(), embedded, picture, [0, 1], "foot")
+    assert [[word for word, _ in falls] for falls in drawn] == [["a", "dog"], ["dog"]]
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_occlusion_of_a_run(tiny_run, cache, tmp_path):
+    words = ("--split", "dev", "--queries", 2, "--occlusion", "--out", tmp_path)
+    fixed = ("--cache", cache, "--workers", 0, "--device", "cpu")
+    visualize.main([str(word) for word in (tiny_run / "best.pt", *words, *fixed)])
+    assert "grid_occlusion.png" in listed(tmp_path)
