@@ -11,7 +11,6 @@ import support.python  # noqa: F401  refuses a Python that is too old, before al
 # isort: split
 
 import contextlib
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,7 +26,21 @@ from support import zeroshot
 from support.checkpoint import load_checkpoint
 from support.command import Parser, UserError, later, number, output, run, say_unused, warn
 from support.embedding import Trained, load_trained, trained_on
-from support.figures import GREEN, GREY, INK, PALETTE, RED, canvas, draw_curves, wrapped, write
+from support.figures import (
+    GREEN,
+    GREY,
+    INK,
+    PALETTE,
+    RED,
+    canvas,
+    draw_curves,
+    fitting,
+    wrapped,
+    write,
+)
+from support.grid import CELL, Cell, Row, draw_grid
+from support.topics import topics
+from support.unread import check_queries, unread
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -64,6 +77,9 @@ def embed_split(trained: Trained, options: Namespace) -> tuple[Embedded, Picture
     if seen := trained_on(trained, dataset, pairs.rows).sum():
         warn(f"{seen:,} of the {count:,} images evaluated were trained on")
         note = f"{seen:,} of these images were trained on; "
+    for remark in unread(trained.tokenizers, pairs.captions, "captions"):
+        warn(remark)
+        note += f"{remark}; "
     footer = (
         f"data {Path(dataset.path).resolve().name}, {dataset.splits} {pairs.name} split: "
         f"{count:,} images, {len(pairs.captions):,} captions; scores are cosines, ties lose; "
@@ -122,32 +138,6 @@ def draw_similarity(path: Path, embedded: Embedded, seed: int, footer: str) -> N
         axes = figure.subplots()
         axes.set(xlabel="caption (number of its pair)", ylabel="image (number of its pair)")
         figure.colorbar(axes.imshow(cosines), label="cosine similarity (no unit)")
-
-
-COLOURS = "black white red blue green yellow brown orange pink purple gray grey tan blond blonde"
-
-
-def topics(texts: list[str], seed: int, most: int = 8) -> tuple[np.ndarray, list[str]]:
-    """Sorts texts by NMF over TF-IDF: (topic of each, -1 if it has no words; topics' names)."""
-    from sklearn.decomposition import NMF
-    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
-
-    ignored = sorted({*ENGLISH_STOP_WORDS, *COLOURS.split()})
-    words = TfidfVectorizer(stop_words=ignored, token_pattern=r"[^\W\d_]{2,}", sublinear_tf=True)
-    try:
-        table = words.fit_transform(texts)
-    except ValueError:  # no word is left: "empty vocabulary"
-        return np.full(len(texts), -1), []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it has not converged does not matter here
-        model = NMF(min(most, *table.shape), init="nndsvda", random_state=seed, max_iter=300)
-        weights = model.fit_transform(table)
-    vocabulary, names = words.get_feature_names_out(), []
-    for strength in model.components_:
-        first, *rest = vocabulary[np.argsort(-strength, kind="stable")[:9]]
-        others = [word for word in rest if not (word.startswith(first) or first.startswith(word))]
-        names.append(", ".join([first, *others[:1]]))  # "dog, snow" tells more than "dog, dogs"
-    return np.where(weights.max(1) > 0, weights.argmax(1), -1), names
 
 
 def draw_tsne(path: Path, embedded: Embedded, seed: int, footer: str) -> None:
@@ -225,27 +215,13 @@ def extreme_cases(embedded: Embedded, count: int) -> list[list[int]]:
     return [order[:count].tolist() for order in once]
 
 
-CELL, LINE, GAP = 1.5, 0.19, 0.14  # inches
-
-
-class Cell(NamedTuple):
-    """A picture, the lines under it and the colour of its frame."""
-
-    picture: Image.Image
-    note: str = ""
-    frame: str | None = None
-
-
-Row = tuple[list[tuple[str, str]], list[Cell]]  # of a grid: texts, each with its colour; cells
-
-
 def cells_of(hits: list[Hit], pictures: Pictures) -> list[Cell]:
     """The pictures found, with rank, score and name, the true one framed."""
     cells = []
     for hit in hits:
         note = f"{hit.rank:,.0f}: {hit.score:.3f}{' true image' if hit.true else ''}"
         if pictures.names:
-            note += f"\n{wrapped(pictures.names[hit.position], CELL, 8, 1)[0]}"
+            note += f"\n{fitting(pictures.names[hit.position], CELL, 8)}"
         cells.append(Cell(pictures.picture(hit.position), note, GREEN if hit.true else None))
     return cells
 
@@ -270,36 +246,6 @@ def image_row(embedded: Embedded, pictures: Pictures, i: int, k: int) -> Row:
         line = f"{hit.rank:,.0f}: {hit.score:.3f} {mark} {captions[hit.position]}"
         texts.append((line, colour))
     return texts, [Cell(pictures.picture(i))]
-
-
-def draw_grid(path: Path, title: str, footer: str, rows: list[Row], left: bool = True) -> None:
-    """Draws rows of pictures; the texts stand left of them, or right, of one line each."""
-    inches, most = (2.6, 5) if left else (7.5, 1)
-    pictures = max(len(cells) for _, cells in rows) * (CELL + GAP)
-    notes = max(1 + cell.note.count("\n") for _, cells in rows for cell in cells)
-    blocks = [
-        [(line, hue) for text, hue in texts for line in wrapped(text, inches, 9, most)]
-        for texts, _ in rows
-    ]
-    heights = [max(CELL + notes * LINE, len(block) * LINE) + GAP for block in blocks]
-    text_x, cells_x = (0.15, 0.15 + inches + GAP) if left else (0.15 + pictures, 0.15)
-    width = 0.3 + inches + GAP + pictures
-    with canvas(path, width, sum(heights), title, footer) as (figure, below):
-        figure.set_layout_engine("none")
-        top, total = below + sum(heights), figure.get_figheight()
-        for block, (_, cells), height in zip(blocks, rows, heights, strict=True):
-            for i, (line, hue) in enumerate(block):
-                y = (top - 0.05 - i * LINE) / total
-                figure.text(text_x / width, y, line, size=9, color=hue, va="top")
-            for i, cell in enumerate(cells):
-                x = (cells_x + i * (CELL + GAP)) / width
-                box = (x, (top - CELL) / total, CELL / width, CELL / total)
-                axes = figure.add_axes(box, xticks=[], yticks=[], anchor="N")
-                axes.imshow(cell.picture)
-                for spine in axes.spines.values():
-                    spine.set(visible=bool(cell.frame), color=cell.frame or INK, linewidth=4)
-                axes.set_xlabel(cell.note, size=8, labelpad=6, color=cell.frame or INK)
-            top -= height
 
 
 def clamped(flag: str, count: int, pool: int) -> int:
@@ -336,23 +282,9 @@ def draw_split(trained: Trained, options: Namespace) -> None:
     write(out / "grid_best_worst.png", draw_grid, title, footer, rows)
 
 
-def check_queries(queries: list[str], trained: Trained) -> None:
-    """Raises UserError for a query of the user's that the model cannot understand."""
-    for query in queries:
-        words = [w for w in trained.members[0].tokenizer.words(query) if any(map(str.isalnum, w))]
-        if not words:
-            raise UserError(f"--query {query!r} holds no word; describe a picture")
-        unknown = [word for word in words if word in trained.unknown(query)]
-        message = f"--query {query!r}: {', '.join(unknown)} never stood in the training captions"
-        if len(unknown) == len(words):
-            raise UserError(f"{message} (or too seldom); use other words")
-        if unknown:
-            warn(f"{message} (or too seldom); the rest of the query decides")
-
-
 def draw_search(trained: Trained, options: Namespace) -> None:
     """Draws what the texts of --query find, among a split's pictures or those of --images."""
-    check_queries(options.query, trained)
+    note = check_queries(options.query, trained)
     if options.images:
         pictures, name = embed_folder(trained, options), "grid_search.png"
     else:
@@ -362,8 +294,12 @@ def draw_search(trained: Trained, options: Namespace) -> None:
     for query, embedding in zip(options.query, trained.embed_texts(options.query), strict=True):
         hits = find(embedding, pictures.embeddings, k)
         rows.append(([(query, INK)], cells_of(hits, pictures)))
+        if options.images:
+            print(query)
+            for hit in hits:
+                print(f"{hit.rank:,.0f} {hit.score:.3f} {pictures.names[hit.position]}")
     title = f"Text to image: the first {k} of {pool:,} pictures"
-    write(options.out / name, draw_grid, title, pictures.footer, rows)
+    write(options.out / name, draw_grid, title, pictures.footer + note, rows)
 
 
 def draw_zero_shot(trained: Trained, options: Namespace) -> None:

@@ -17,6 +17,7 @@ from matplotlib.font_manager import FontEntry, findfont, fontManager, get_font
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
+from sources.opening import EXTENSIONS
 from support.command import atomic_write, warn
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
@@ -108,6 +109,12 @@ def wrapped(text: str, inches: float, size: float, lines: int = 4) -> list[str]:
     else:
         rows = textwrap.wrap(plain, width, max_lines=lines, placeholder=" …") or [""]
     return [row.replace(WIDE, "") for row in rows]
+
+
+def fitting(name: str, inches: float, size: float) -> str:
+    """A file's name or a title in one line: of a path that is too long the end."""
+    shown, is_path = wrapped(name, inches, size, 1)[0], Path(name).suffix.lower() in EXTENSIONS
+    return wrapped(name[::-1], inches, size, 1)[0][::-1] if shown[-1:] == "…" and is_path else shown
 
 
 @contextlib.contextmanager

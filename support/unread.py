@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sources.texts import words_of
+from support.command import UserError, warn
 
 if TYPE_CHECKING:
     from dataset import Tokenizer
+    from support.embedding import Trained
 
 FIFTH = 0.2  # so many unknown words are said; a few are in every text
 
@@ -49,3 +51,27 @@ def cut_off(tokenizers: Sequence[Tokenizer], texts: Sequence[str], name: str) ->
     most = tokenizers[0].max_tokens
     cut = sum(length > most for length in map(tokenizers[0].length, texts))
     return [f"{cut:,} of {len(texts):,} {name} are cut to {most} tokens"] if cut else []
+
+
+def check_queries(queries: list[str], trained: Trained) -> str:
+    """Warns of what the model does not read of the user's queries; a note on it for the figure.
+
+    Raises UserError for a query that it cannot understand.
+    """
+    note, tokenizer = "", trained.tokenizers[0]
+    for query in queries:
+        words = list(filter(is_word, tokenizer.words(query)))
+        if not words:
+            raise UserError(f"--query {query!r} holds no word; describe a picture")
+        unknown = [word for word in words if word in trained.unknown(query)]
+        message = f"--query {query!r}: {', '.join(unknown)} never stood in the training captions"
+        if len(unknown) == len(words):
+            raise UserError(f"{message} (or too seldom); use other words")
+        if unknown:
+            warn(f"{message} (or too seldom); the rest of the query decides")
+            note += f"; not known: {', '.join(unknown)}"
+        if (length := tokenizer.length(query)) > tokenizer.max_tokens:
+            most = f"cut to {tokenizer.max_tokens} tokens"
+            warn(f"--query {query[:60]!r} ... has {length} and is {most}: its end is not read")
+            note += f"; a query is {most}"
+    return note

@@ -1,0 +1,32 @@
+"""What texts are about: a few topics, named by their words. visualize.py colours t-SNE by them."""
+
+import warnings
+
+import numpy as np
+
+from sources.texts import COUNTED
+
+COLOURS = "black white red blue green yellow brown orange pink purple gray grey tan blond blonde"
+
+
+def topics(texts: list[str], seed: int, most: int = 8) -> tuple[np.ndarray, list[str]]:
+    """Sorts texts by NMF over TF-IDF: (topic of each, -1 if it has no words; topics' names)."""
+    from sklearn.decomposition import NMF
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
+
+    ignored = sorted({*ENGLISH_STOP_WORDS, *COLOURS.split()})
+    words = TfidfVectorizer(stop_words=ignored, token_pattern=COUNTED, sublinear_tf=True)
+    try:
+        table = words.fit_transform(texts)
+    except ValueError:  # no word is left: "empty vocabulary"
+        return np.full(len(texts), -1), []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it has not converged does not matter here
+        model = NMF(min(most, *table.shape), init="nndsvda", random_state=seed, max_iter=300)
+        weights = model.fit_transform(table)
+    vocabulary, names = words.get_feature_names_out(), []
+    for strength in model.components_:
+        first, *rest = vocabulary[np.argsort(-strength, kind="stable")[:9]]
+        others = [word for word in rest if not (word.startswith(first) or first.startswith(word))]
+        names.append(", ".join([first, *others[:1]]))  # "dog, snow" tells more than "dog, dogs"
+    return np.where(weights.max(1) > 0, weights.argmax(1), -1), names
