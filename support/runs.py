@@ -178,7 +178,7 @@ def go_on(typed: dict[str, Any], parser: Parser, train: Callable[..., int]) -> i
         raise UserError(f"--resume: there is no {place}; name the folder of a run")
 
     def work(out: Path) -> int:
-        if not (out / "recipe.txt").is_file():
+        if not (place / "recipe.txt").is_file():
             options, earlier = resumed(place, typed, parser)
             return train(options, out, earlier, out)
         if kept := typed.keys() - {*OF_RECIPES, "out", "resume"}:
@@ -275,6 +275,8 @@ def precision_of(before: str, typed: str, device: torch.device) -> str:
     """The precision in which a run goes on: its own, unless another is typed or the device's."""
     if typed != "auto":
         return choose_precision(typed, device)
+    if before == "auto":
+        return before
     try:
         return choose_precision(before, device)
     except UserError:  # fp16 on a CPU
