@@ -39,6 +39,7 @@ from support.figures import (
     write,
 )
 from support.grid import CELL, Cell, Row, draw_grid
+from support.options import same_run
 from support.topics import topics
 from support.unread import check_queries, unread
 
@@ -104,13 +105,13 @@ def embed_folder(trained: Trained, options: Namespace) -> Pictures:
 
 def whole_history(trained: Trained) -> list[dict[str, float]]:
     """The history of the (first) run up to its last epoch: best.pt ends with the best one."""
-    history = known = trained.content["history"]
+    history = trained.content["history"]
     of_recipe = trained.path.with_name("recipe.txt").is_file()  # its runs have folders of their own
     for last in trained.path.parent.glob("*/last.pt" if of_recipe else "last.pt"):
         with contextlib.suppress(UserError):  # it may be damaged where best.pt is whole
-            further = load_checkpoint(last)["history"]
-            if further[: len(known)] == known:  # the same run, whatever it was resumed with
-                history = max(history, further, key=len)
+            content = load_checkpoint(last)
+            if same_run(trained.content, content):
+                history = max(history, content["history"], key=len)
     return history
 
 

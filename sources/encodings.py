@@ -161,6 +161,8 @@ def latin(alphabet: str) -> Callable[[str], float]:
     own = {*alphabet, *alphabet.upper()}
 
     def fit(text: str) -> float:
+        if alphabet != ANY_WESTERN and is_english(text):
+            return 0.0
         words = re.findall(r"[^\W\d_]+", text)
         marked = [word for word in words if not word.isascii()]
         accents = high(text)
@@ -177,13 +179,16 @@ def latin(alphabet: str) -> Callable[[str], float]:
 
 def english(text: str) -> float:
     """Fits English, whose letters with accents stand in foreign words and may be any."""
+    return latin(ANY_WESTERN)(text) if is_english(text) else 0.0
+
+
+def is_english(text: str) -> bool:
     words = re.findall(r"[a-z]+", re.sub(r"\S+\.\w{3,4}\b", "", text.lower()))
-    common = sum(word in ENGLISH for word in words)
-    letters = "àâäáãåæçéèêëíìîïñóòôöõøœúùûüýÿßš"
-    return latin(letters)(text) if common > 0.1 * len(words) else 0.0
+    return sum(word in ENGLISH for word in words) > 0.1 * len(words)
 
 
-ENGLISH = {"a", "an", "the", "of", "and", "with", "is", "are", "on", "in", "at", "to", "his", "s"}
+ANY_WESTERN = "àâäáãåæçéèêëíìîïñóòôöõøœúùûüýÿßš"
+ENGLISH = {"the", "of", "and", "with", "is", "are", "his", "her", "from", "an"}
 
 
 def vietnamese(text: str) -> float:

@@ -35,13 +35,17 @@ from support.command import (
 )
 from support.device import choose_device, choose_precision
 from support.folders import free_name, owned, refuse_used
-from support.options import OF_THE_MACHINE, checkpoint_in, resolve, suited
+from support.options import (
+    MAY_CHANGE,
+    OF_RECIPES,
+    OF_THE_MACHINE,
+    checkpoint_in,
+    resolve,
+    suited,
+)
 from support.said import say_idle
 
 RECIPES = HERE / "recipes"
-# When a run is resumed; data may have moved, and their content decides.
-OF_RECIPES = {"cache", "data", "device", "precision", "workers"}  # of each of its runs
-MAY_CHANGE = {*OF_THE_MACHINE, *OF_RECIPES, "epochs"}
 Recipe = list[tuple[str, list[str]]]  # its runs: (name, words as typed)
 
 # --------------------------------------------------------------------------------- recipes
