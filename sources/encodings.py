@@ -194,7 +194,7 @@ ENGLISH = {"the", "of", "and", "with", "is", "are", "his", "her", "from", "an"}
 def vietnamese(text: str) -> float:
     """Fits Vietnamese, whose code has the marks of tones as letters of their own."""
     tones = "\u0300\u0301\u0303\u0309\u0323"
-    marked = any(x in tones for x in text)
+    marked = sum(x in tones for x in text) > 0.25 * len(high(text))
     return latin("ăâđêôơưáéíóúàèìòù" + tones)(text) if marked else 0.0
 
 
