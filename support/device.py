@@ -7,6 +7,7 @@ import ctypes
 import os
 import sys
 
+import numpy as np
 import torch
 
 from support.command import UserError
@@ -17,6 +18,7 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def choose_device(name: str) -> torch.device:
     """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises UserError for what is missing."""
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    check_numpy()
     if name == "auto":
         name = next((device for device, there in available.items() if there()), "cpu")
     if name in available and not available[name]():
@@ -24,6 +26,15 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda":
         keep_order()
     return torch.device(name)
+
+
+def check_numpy() -> None:
+    """Raises UserError where torch is too old for NumPy: up to 2.2, the last for Intel Macs."""
+    try:
+        torch.zeros(1).numpy()
+    except RuntimeError as error:
+        versions = f"torch {torch.__version__} cannot read NumPy {np.__version__}"
+        raise UserError(f"{versions}: pip install 'numpy<2'") from error
 
 
 def choose_precision(name: str, device: torch.device) -> str:

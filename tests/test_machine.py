@@ -31,7 +31,7 @@ from sources import pictures
 from support import runs
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command import Parser, UserError, out_of_memory, output
-from support.device import choose_precision
+from support.device import choose_device, choose_precision
 from support.folders import free_name, owned
 
 QUICK = ("--train-image", "0", "--image-augment", "none")
@@ -451,6 +451,15 @@ def test_bf16_that_is_emulated_is_not_taken(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
     assert choose_precision("auto", torch.device("cuda")) == "fp16"
+
+
+def test_a_torch_too_old_for_numpy_is_said(monkeypatch):
+    def lacking(tensor):
+        raise RuntimeError("Numpy is not available")
+
+    monkeypatch.setattr(torch.Tensor, "numpy", lacking)
+    with pytest.raises(UserError, match=r"cannot read NumPy .*: pip install 'numpy<2'"):
+        choose_device("cpu")
 
 
 def test_pictures_are_resized_where_a_device_has_no_antialiasing(monkeypatch):
