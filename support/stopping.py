@@ -92,6 +92,10 @@ def end(code: int) -> None:
     for action in reversed(undoing):
         with contextlib.suppress(Exception):
             action()
+    if sys.platform != "linux" and "multiprocessing.util" in sys.modules:
+        # Else a process that keeps count of semaphores, where workers are not forked, complains.
+        with contextlib.suppress(Exception):
+            sys.modules["multiprocessing.util"]._run_finalizers(0)
     os._exit(code)
 
 

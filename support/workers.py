@@ -32,7 +32,9 @@ def in_processes(
     # Forked workers start at once and do nothing but `work`; elsewhere forking is not safe.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     workers = min(workers, 61) if sys.platform == "win32" else workers  # Windows waits for no more
-    pool, waiting, items = ProcessPoolExecutor(workers, context, begin_worker), deque(), iter(items)
+    with held_back():  # this may start a process that keeps count of semaphores
+        pool = ProcessPoolExecutor(workers, context, begin_worker)
+    waiting, items = deque(), iter(items)
     with undone(partial(end, pool)):
         try:
             while chunk := list(islice(items, chunksize)):
