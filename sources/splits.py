@@ -18,7 +18,7 @@ LISTS = {"train": ("train",), "dev": ("dev", "val", "validation"), "test": ("tes
 MOST = 1500  # images that a seeded split holds out for dev, and as many for test
 # Of --splits random: a constant, so that no --seed trains on another's test images; this one parts
 # the small sets of the tests about evenly.
-SPLIT_SEED = 322
+SPLIT_SEED = 14431
 OFFICIAL = HERE / "Flickr8k"  # the official lists are shipped there
 
 
