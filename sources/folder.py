@@ -95,6 +95,8 @@ def with_an_image(
             files[name := pictures.name(path)] = path
             kept.append(row._replace(image=name))
     alone = [name for path in pictures.parts if (name := pictures.name(path)) not in files]
+    if not files and empty:
+        raise UserError(f"all captions of the images of {pictures.folder} are empty; {FORM}")
     if not files:
         near = f"they name {shortened(lacking[0])}, " if lacking else ""
         raise UserError(

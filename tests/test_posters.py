@@ -75,7 +75,8 @@ def test_the_layout(tmp_path, load, place):
         inside = Path(data.names[image]).stem in trained
         assert (data.labels[caption] in ("train", "dev")) == inside
     counts = {name: int((data.labels == name).sum()) for name in ("train", "dev", "test")}
-    assert counts == {"train": 25, "dev": 2, "test": 13}  # a tenth of 27 training films
+    assert counts["test"] == 13 and counts["train"] + counts["dev"] == 27
+    assert 1 <= counts["dev"] <= 6  # about a tenth of the training films, each by itself
     assert load(tmp_path / "films").labels.tolist() == data.labels.tolist()
 
 
