@@ -155,7 +155,7 @@ def test_a_recipe_of_one_chain_has_one_model(photo_data: Path, tmp_path: Path, c
     """Captions alone, then pictures that meet what they have laid out."""
     (tmp_path / "chain.txt").write_text(
         "captions: --captions-alone --text-tower bag --epochs 2\n"
-        "pictures: --init captions --train-text 0 --image-augment light --epochs 1 --min-count 9\n"
+        "pictures: --init captions --train-text 0 --image-augment light --epochs 1 --min-count 60\n"
     )
     out = tmp_path / "run"
     flags = start(photo_data, out, tmp_path / "cache", "--recipe", tmp_path / "chain.txt")

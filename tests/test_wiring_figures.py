@@ -153,6 +153,18 @@ def test_images_that_were_trained_on_are_counted(trained, tmp_path, capsys):
     assert "10 of the 10 images evaluated were trained on" in capsys.readouterr().err
 
 
+def test_a_run_is_evaluated_on_its_own_splits(tmp_path):
+    """The data has splits, but the run drew others: of its test images it has seen none."""
+    data = write_folder(tmp_path / "data", colour_spec(), flat)
+    place = ("--cache", tmp_path / "cache", "--workers", 0)
+    words = ("--data", data, "--out", tmp_path / "run", "--epochs", 1, *TINY, *place)
+    quick = ("--image-augment", "none", "--train-image", 0)
+    call(helpers.train, *words, *quick, "--splits", "random")
+    call(helpers.evaluate, tmp_path / "run" / "last.pt", *place, "--json", tmp_path / "a.json")
+    protocol = json.loads((tmp_path / "a.json").read_text())["protocol"]
+    assert (protocol["splits"], protocol["trained_on"]) == ("random", 0)
+
+
 def test_a_failing_write_leaves_the_old_file(trained, tmp_path, monkeypatch):
     replace = os.replace
     for flag, name in (

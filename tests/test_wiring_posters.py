@@ -174,6 +174,17 @@ def test_films_are_measured_in_full_precision(moved, tmp_path):
         assert np.array_equal(values, made[1][key]), key
 
 
+def test_titles_that_a_run_has_read_stand_in_its_evaluation(tmp_path):
+    films, place = write_posters(tmp_path / "films", 20), ("--cache", tmp_path / "cache")
+    words = ("--data", films, "--out", tmp_path / "run", *QUICK, *place)
+    call(helpers.train, *words, "--image-augment", "none", "--titles", "keep")
+    path, file = tmp_path / "run" / "last.pt", tmp_path / "a.json"
+    call(helpers.evaluate, path, *place, "--split", "train", "--json", file, "--workers", 0)
+    protocol, content = json.loads(file.read_text())["protocol"], helpers.load_checkpoint(path)
+    assert protocol["fingerprint"] == content["fingerprint"]
+    assert content["fingerprint"] != load(films, tmp_path / "cache").fingerprint
+
+
 # ---------------------------------------------------------------------------- the words
 
 

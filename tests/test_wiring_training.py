@@ -373,6 +373,28 @@ def test_the_history_is_what_the_checkpoint_gives_on_dev(noisy, tmp_path, which)
         assert np.abs(others - pictures).max() > 1e-4
 
 
+def test_train_recall_is_that_of_training_images(tmp_path):
+    """As many as dev has, which here are all of them; dev's captions tell nothing apart."""
+    images = {
+        name: (split, captions if split == "train" else ["a dog", "the ground"])
+        for name, (split, captions) in spec(3, dev=3, each=2).items()
+    }
+    data, run = write_folder(tmp_path / "data", images), tmp_path / "run"
+    words = ("--data", data, "--out", run, "--cache", tmp_path / "cache", *QUICK, "--train-recall")
+    assert run_train(*words, "--epochs", 4, "--warmup", 0) == 0
+    content, row = helpers.load_checkpoint(run / "last.pt"), read_history(run)[-1]
+    model, made = helpers.trained_model(run / "last.pt"), []
+    for split, key in (("train", "train_top1"), ("val", "top1")):
+        chosen = {name: texts for name, (which, texts) in images.items() if which == split}
+        pictures = embed_pictures(model, content, [data / "images" / name for name in chosen])
+        texts = [text for captions in chosen.values() for text in captions]
+        texts = embed_captions(model, content, texts)
+        figures = split_figures(pictures, texts, np.repeat(np.arange(3), 2))
+        made.append([figures[f"top1_{way}"] for way in ("i2t", "t2i")])
+        assert [row[f"{key}_{way}"] for way in ("i2t", "t2i")] == pytest.approx(made[-1])
+    assert made[0] != made[1]
+
+
 def test_the_files_of_a_run_say_the_same(noisy):
     _, run, _ = noisy
     content, best = (helpers.load_checkpoint(run / f"{name}.pt") for name in ("last", "best"))
