@@ -11,10 +11,8 @@ import support.python  # noqa: F401  refuses a Python that is too old, before al
 # isort: split
 
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sources.collection import Collection
-from sources.pictures import AUGMENTATIONS, CACHE, augment, resize
+from sources.augment import AUGMENTATIONS, augment, resize
+from sources.collection import CACHE, Collection
+from sources.texts import text_ids, words_of
+from support.ahead import ahead
 from support.command import Parser, UserError, later, number, run
 
 if TYPE_CHECKING:
@@ -53,14 +53,15 @@ class Tokenizer:
         words = sorted(word for word, count in counts.items() if count >= min_count)
         return cls([*cls.SPECIAL, *words], max_tokens)
 
-    @staticmethod
-    def words(text: str) -> list[str]:
-        """`A dog's tail, wet.` -> a dog 's tail , wet ."""
-        return re.findall(r"'?\w+|[^\w\s]", text.lower())
+    words = staticmethod(words_of)  # `A dog's tail, wet.` -> a dog 's tail , wet .
 
     def unknown(self, text: str) -> list[str]:
         """The words of `text` that are not in the vocabulary."""
         return [word for word in self.words(text) if word not in self.number]
+
+    def length(self, text: str) -> int:
+        """How many numbers it would be, uncut."""
+        return len(self.words(text)) + 2
 
     def encode(self, text: str) -> list[int]:
         """<bos> words <eos>, at most max_tokens in all; a longer text is cut and counted."""
@@ -238,6 +239,11 @@ class Pairs(torch.utils.data.Dataset):
         if self.texts is None:
             self.texts = Captions(self.captions, self.tokenizer)
 
+    @cached_property
+    def text_ids(self) -> np.ndarray:
+        """For each caption a number: equal captions of several images have the same."""
+        return text_ids(self.captions)
+
     def __len__(self) -> int:
         return len(self.captions)
 
@@ -261,8 +267,11 @@ class Pairs(torch.utils.data.Dataset):
 
     def batches(
         self, epoch: int, options: Namespace, device: torch.device
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """(images (B, 3, S, S), tokens (B * K, L), ids (B * K,): the row of each text's image)."""
+    ) -> Iterator[tuple[torch.Tensor, ...]]:
+        """(images (B, 3, S, S), tokens (B * K, L), image ids and text ids (B * K,) of the texts).
+
+        An image's id is its row in the data set; texts that are equal have the same id.
+        """
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + epoch)
         sampler, each = self.sampler(options), options.captions_per_image
         sampler.epoch = epoch
@@ -270,12 +279,12 @@ class Pairs(torch.utils.data.Dataset):
         def fetch(captions: np.ndarray) -> list[np.ndarray]:
             ids = self.rows[self.caption_image[captions]]
             images = self.images.fetch(captions[::each], epoch)
-            return [images, self.texts.fetch(captions, epoch), ids]
+            return [images, self.texts.fetch(captions, epoch), ids, self.text_ids[captions]]
 
         fetched = ahead(fetch, sampler) if options.workers else map(fetch, sampler)
         for arrays in fetched:
-            images, texts, ids = (torch.from_numpy(x).to(device, non_blocking=True) for x in arrays)
-            yield self.images.prepare(images, options, generator), texts, ids
+            images, *texts = (torch.from_numpy(x).to(device, non_blocking=True) for x in arrays)
+            yield self.images.prepare(images, options, generator), *texts
 
     def limited(self, limit: int | None, seed: int) -> Pairs:
         """`limit` images, drawn by the seed, with all their captions; all where it is larger."""
@@ -288,22 +297,6 @@ class Pairs(torch.utils.data.Dataset):
         position = np.searchsorted(kept, self.caption_image[chosen])
         rows = self.rows[kept]
         return Pairs(self.dataset, self.name, rows, captions, position, self.tokenizer)
-
-
-def ahead(function: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
-    """`function` of each argument; a thread prepares the next result while one is used.
-
-    It works in NumPy alone: torch in a second thread would wake a second set of its own threads.
-    """
-    with ThreadPoolExecutor(1) as thread:
-        waiting = None
-        for argument in arguments:
-            coming = thread.submit(function, argument)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = coming
-        if waiting is not None:
-            yield waiting.result()
 
 
 # ------------------------------------------------------------------------------ the script

@@ -21,20 +21,14 @@ import torch
 from dataset import CaptionedImages, Pairs, add_data_flags, load_dataset
 from loss import info_nce
 from models import CLIP
-from support.command import Parser, UserError, later, run, warn
+from support.command import Parser, UserError, later, output, run, say_unused, warn
 from support.device import keep_memory
 from support.embedding import Trained, embed_pairs, load_trained, side_by_side, trained_on
-from support.results import (
-    KS,
-    metrics_table,
-    protocol_line,
-    protocol_of,
-    save_embeddings,
-    write_json,
-)
+from support.remarks import unread
 
 # ------------------------------------------------------------------------- ranks and recalls
 
+KS = (1, 5, 10)
 # Scores are float64 products of float32 vectors, so equal vectors differ by less than this.
 TIE = 1e-12
 
@@ -166,10 +160,14 @@ def evaluate_split(model: CLIP, pairs: Pairs) -> Embedded:
 
 def contrastive_loss(embedded: Embedded, scale: float, batch_size: int) -> float:
     """The loss of a split, first captions only, in batches of the size used in training."""
+    first = first_captions(embedded.pairs.caption_image)
     images = torch.from_numpy(embedded.image_embeddings)
-    texts = torch.from_numpy(embedded.text_embeddings[first_captions(embedded.pairs.caption_image)])
+    texts = torch.from_numpy(embedded.text_embeddings[first])
+    ids = torch.from_numpy(embedded.pairs.text_ids[first])
     parts = torch.arange(len(images)).tensor_split(-(-len(images) // batch_size))
-    losses = [info_nce(images[part], texts[part], scale) * len(part) for part in parts]
+    losses = [
+        info_nce(images[part], texts[part], scale, text_ids=ids[part]) * len(part) for part in parts
+    ]
     return float(sum(losses) / len(images))
 
 
@@ -186,8 +184,11 @@ ANALYSIS = later("report.analysis", "analyse")
 def load_data_for(trained: Trained, options: Namespace) -> tuple[CaptionedImages, Pairs]:
     """The data that the flags name, or what the checkpoint was trained on, and its --split.
 
-    Prints what was loaded. Raises UserError.
+    Without --splits the split is the run's own, wherever its images lie now. Prints what was
+    loaded, and where it is not the run's. Raises UserError.
     """
+    from support.own_split import as_in_run, strangeness
+
     config, data = trained.options, options.data
     splits = options.splits or ("auto" if data else config.splits)
     first = trained.members[0]
@@ -197,7 +198,11 @@ def load_data_for(trained: Trained, options: Namespace) -> tuple[CaptionedImages
     except UserError as error:
         hint = "" if data else " (the data that it was trained on; --data PATH names another place)"
         raise UserError(f"{error}{hint}") from error
+    if options.splits is None:
+        dataset = as_in_run(dataset, trained.content)
     print(dataset.summary())
+    if sentence := strangeness(dataset, trained):
+        print(sentence)
     return dataset, dataset.pairs(options.split, first.tokenizer)
 
 
@@ -217,6 +222,26 @@ def evaluate_trained(
     return ranked(pairs, side_by_side(images), side_by_side(texts))
 
 
+def metrics_table(metrics: dict[str, float], intervals: dict[str, list[float]]) -> str:
+    """The figures as lines of text."""
+
+    def cell(key: str) -> str:
+        low, high = intervals[key]
+        return f"{metrics[key]:5.1f} [{low:4.1f}, {high:4.1f}]"
+
+    rows = {way: [cell(f"{way}_r{k}") for k in KS] for way in ("i2t", "t2i")}
+    wide = max(len(text) for cells in rows.values() for text in cells) + 2  # blanks, whatever
+    lines = [f"{'':5}" + "".join(f"{f'R@{k}':<{wide}}" for k in KS) + f"{'medr':>6}{'meanr':>8}"]
+    for way, cells in rows.items():
+        ranks = f"{metrics[f'{way}_medr']:6.1f}{metrics[f'{way}_meanr']:8.1f}"
+        lines.append(f"{way:5}" + "".join(f"{text:<{wide}}" for text in cells) + ranks)
+    lines.append(
+        f"rsum {cell('rsum')}, mean recall {cell('mean_recall')}; top-1 of N x N, one caption an "
+        f"image: i2t {metrics['top1_i2t']:.1f}, t2i {metrics['top1_t2i']:.1f}"
+    )
+    return "\n".join(lines)
+
+
 def add_model_flags(parser: Parser) -> None:
     """The flags that evaluate.py and visualize.py share."""
     text = "one, or several side by side (default: the newest checkpoints/*/best.pt)"
@@ -231,9 +256,13 @@ def add_model_flags(parser: Parser) -> None:
 
 def measure(trained: Trained, options: Namespace) -> dict[str, Any]:
     """Measures a split of the data, prints it, and returns its figures with their protocol."""
+    from support.protocol import protocol_line, protocol_of
+
     dataset, pairs = load_data_for(trained, options)
     if seen := int(trained_on(trained, dataset, pairs.rows).sum()):
         warn(f"{seen:,} of the {len(pairs.rows):,} images evaluated were trained on")
+    for remark in unread(trained.tokenizers, pairs.captions, "captions"):
+        warn(remark)
     protocol = {
         **protocol_of(dataset, pairs),
         "trained_on": seen,
@@ -246,9 +275,6 @@ def measure(trained: Trained, options: Namespace) -> dict[str, Any]:
         ranks = "rank among the group's films, one introduction a film"
         return {**figures, "protocol": {**protocol, "i2t": ranks, "t2i": ranks}}
     embedded = evaluate_trained(trained, dataset, options.split, options)
-    tokenizer = trained.members[0].tokenizer
-    if tokenizer.cut:
-        print(f"{tokenizer.cut:,} captions were cut to {tokenizer.max_tokens} tokens")
     intervals = bootstrap_intervals(embedded.i2t, embedded.t2i, pairs.caption_image)
     print(protocol_line(protocol))
     print(metrics_table(embedded.metrics, intervals))
@@ -257,7 +283,7 @@ def measure(trained: Trained, options: Namespace) -> dict[str, Any]:
         distances = -(embedded.image_embeddings @ first.T)
         later("posters.report", "report_distances")(distances, options.distance_matrix)
     if options.save_embeddings:
-        save_embeddings(options.save_embeddings, embedded, dataset)
+        later("support.results", "save_embeddings")(options.save_embeddings, embedded, dataset)
     if options.predictions:
         PREDICTIONS(options.predictions, embedded)
     if options.analysis:
@@ -270,13 +296,13 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="evaluate.py", description=__doc__.split("\n")[0])
     add_model_flags(parser)
     flag = parser.add_argument_group("what to write").add_argument
-    flag("--json", type=Path, metavar="FILE", help="the figures and the protocol")
-    flag("--save-embeddings", type=Path, metavar="FILE.npz", help="plain arrays, without pickle")
+    flag("--json", type=output, metavar="FILE", help="the figures and the protocol")
+    flag("--save-embeddings", type=output, metavar="FILE.npz", help="plain arrays, without pickle")
     text = "what each caption and image finds (columns: report/predictions.py)"
-    flag("--predictions", type=Path, metavar="FILE.csv", help=text)
+    flag("--predictions", type=output, metavar="FILE.csv", help=text)
     flag("--analysis", type=Path, metavar="DIR", help="what it is good and bad at: CSVs, a table")
     text = "D (N x N), float32: minus the cosine; rows are pictures by name, columns their texts"
-    flag("--distance-matrix", type=Path, metavar="FILE.npy", help=text)
+    flag("--distance-matrix", type=output, metavar="FILE.npy", help=text)
     options = parser.parse_args(argv)
     if options.templates and not options.zero_shot:
         raise UserError("--templates goes with --zero-shot")
@@ -286,11 +312,12 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{flags} do not go with --zero-shot")
     trained = load_trained(options.checkpoint, options.device)
     if options.zero_shot:
+        say_unused(parser.typed(argv), ("data", "splits", "split"), "--zero-shot reads a folder")
         figures = later("support.zeroshot", "evaluate_zero_shot")(trained, options)
     else:
         figures = measure(trained, options)
     if options.json:
-        write_json(options.json, figures)
+        later("support.results", "write_json")(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The losses: train.py hands every batch of embeddings to what `build_loss` gives it.
 
-All take batches in which several captions may belong to one image: those are positives together,
-never each other's negatives. A new loss is one function and its entry in LOSSES.
+In a batch several captions may belong to one image, and several images have equal captions: those
+are never each other's negatives. A new loss is one function and its entry in LOSSES.
 """
 
 from __future__ import annotations
@@ -29,19 +29,22 @@ def info_nce(
     logit_scale: torch.Tensor | float,
     image_ids: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
+    text_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Symmetric InfoNCE of CLIP (Radford et al. 2021, figure 3): a scalar.
 
     image_embeddings, text_embeddings: (N, D), unit length; row i of both is a pair.
     logit_scale: the factor 1 / temperature. image_ids: (N,), equal where the images are the same
-    (None: all differ). With S = logit_scale * images @ texts.T, pair i contributes
-        -log( exp S_ii / (exp S_ii + sum over j with id_j != id_i of exp S_ij) ),
-    and likewise over the columns: each positive in turn, against what is not its image's. When all
-    ids differ this is the assignment's formula. A batch of one has no negatives: its loss is 0.
+    (None: all differ); text_ids: the same of the texts. With S = logit_scale * images @ texts.T,
+    pair i contributes
+        -log( exp S_ii / (exp S_ii + sum over j with both ids_j != ids_i of exp S_ij) ),
+    and likewise over the columns: each positive in turn, against what is not its image's nor says
+    the same. When all ids differ this is the assignment's formula. A batch of one has no negatives:
+    its loss is 0.
     label_smoothing: the share of the target that is spread evenly over these candidates.
     Raises ValueError when the shapes do not fit.
     """
-    cosines, same = compared(image_embeddings, text_embeddings, image_ids)
+    cosines, same = compared(image_embeddings, text_embeddings, image_ids, text_ids)
     hidden = same & ~torch.eye(len(same), dtype=torch.bool, device=same.device)
     logits = logit_scale * cosines
     true, loss = logits.diagonal(), 0.0
@@ -56,24 +59,32 @@ def info_nce(
 
 
 def compared(
-    image_embeddings: torch.Tensor, text_embeddings: torch.Tensor, image_ids: torch.Tensor | None
+    image_embeddings: torch.Tensor,
+    text_embeddings: torch.Tensor,
+    image_ids: torch.Tensor | None,
+    text_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cosines (N, N), which of them are of one image (N, N)). Raises ValueError."""
+    """(cosines (N, N), which of them are of one image or of one text (N, N)). Raises ValueError."""
     if image_embeddings.shape != text_embeddings.shape or image_embeddings.ndim != 2:
         raise ValueError(f"not pairs: {image_embeddings.shape} and {text_embeddings.shape}")
     cosines = image_embeddings @ text_embeddings.T
     if image_ids is None:
         image_ids = torch.arange(len(cosines), device=cosines.device)
-    if image_ids.shape != cosines.shape[:1]:
-        raise ValueError(f"{len(cosines)} pairs, but image_ids of shape {tuple(image_ids.shape)}")
-    return cosines, image_ids[:, None] == image_ids[None, :]
+    if text_ids is None:
+        text_ids = image_ids
+    for name, ids in (("image_ids", image_ids), ("text_ids", text_ids)):
+        if ids.shape != cosines.shape[:1]:
+            raise ValueError(f"{len(cosines)} pairs, but {name} of shape {tuple(ids.shape)}")
+    same_image = image_ids[:, None] == image_ids[None, :]
+    return cosines, same_image | (text_ids[:, None] == text_ids[None, :])
 
 
 class SigLIP(nn.Module):
     """Sigmoid loss of SigLIP (Zhai et al. 2023, eq. 1): every pair is a yes or no of its own.
 
     -1/N sum over i, j of log sigmoid( z_ij * (logit_scale * cosine_ij + bias) ), where z_ij is 1
-    for a pair of one image and -1 for any other; the bias learns, and at first says no to most.
+    for a pair of one image, or of equal texts, and -1 for any other; the bias learns, and at first
+    says no to most.
     """
 
     def __init__(self):
@@ -86,8 +97,9 @@ class SigLIP(nn.Module):
         text_embeddings: torch.Tensor,
         logit_scale: torch.Tensor | float,
         image_ids: torch.Tensor | None = None,
+        text_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        cosines, same = compared(image_embeddings, text_embeddings, image_ids)
+        cosines, same = compared(image_embeddings, text_embeddings, image_ids, text_ids)
         signs = same.to(cosines.dtype) * 2 - 1
         return -F.logsigmoid(signs * (logit_scale * cosines + self.bias)).sum() / len(cosines)
 
@@ -98,18 +110,19 @@ def triplet(
     logit_scale: torch.Tensor | float = 1.0,
     image_ids: torch.Tensor | None = None,
     margin: float = 0.2,
+    text_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Max of hinges of VSE++ (Faghri et al. 2018, eq. 6), the mean over pairs.
 
     Each pair's cosine must exceed by `margin` that of its image with the hardest text, and of its
-    text with the hardest image, that are not of the same image. It has no temperature.
+    text with the hardest image, that are not of the same image or text. It has no temperature.
     """
-    cosines, same = compared(image_embeddings, text_embeddings, image_ids)
+    cosines, same = compared(image_embeddings, text_embeddings, image_ids, text_ids)
     others, true = cosines.masked_fill(same, -1.0), cosines.diagonal()
     return sum((margin + others.amax(axis) - true).clamp(min=0).mean() for axis in (1, 0))
 
 
-# name -> what makes loss(image embeddings, text embeddings, scale, image ids) for a run
+# name -> what makes loss(image embeddings, text embeddings, scale, image ids, text_ids=) for a run
 LOSSES: dict[str, Callable[[Namespace, Pairs], Callable[..., torch.Tensor]]] = {
     "infonce": lambda options, pairs: partial(info_nce, label_smoothing=options.label_smoothing),
     "siglip": lambda options, pairs: SigLIP(),
@@ -144,8 +157,8 @@ class WeightedSum(nn.Module):
         self.losses = losses
         self.learned = nn.ModuleList(loss for _, loss in losses if isinstance(loss, nn.Module))
 
-    def forward(self, *batch: torch.Tensor) -> torch.Tensor:
-        return sum(weight * loss(*batch) for weight, loss in self.losses)
+    def forward(self, *batch: torch.Tensor, text_ids: torch.Tensor | None = None) -> torch.Tensor:
+        return sum(weight * loss(*batch, text_ids=text_ids) for weight, loss in self.losses)
 
 
 def build_loss(options: Namespace, pairs: Pairs) -> WeightedSum:

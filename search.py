@@ -21,13 +21,13 @@ from PIL import Image
 from dataset import CaptionedImages, add_data_flags, load_dataset
 from models import CLIP
 from sources.layouts import read_folder
-from sources.pictures import open_picture
+from sources.opening import open_picture
 from support import index
 from support.command import Parser, UserError, later, number, run, warn
 from support.device import keep_memory
 from support.embedding import Trained, load_trained, trained_on
 from support.finder import Finder, Shelf, terms_of
-from support.hits import check_query
+from support.remarks import check_queries
 from support.zeroshot import find_pictures
 
 SAMPLE = 500  # unrelated captions, by whose best scores a query's best is judged
@@ -49,7 +49,7 @@ def training_captions(trained: Trained, options: Namespace) -> list[str]:
                 (dataset.names[i] for i in dataset.caption_image), dataset.captions, strict=True
             )
         else:
-            rows = [(row.image, row.caption) for row in read_folder(Path(data))[2]]
+            rows = [(row.image, row.caption) for row in read_folder(Path(data)).rows]
         if captions := [*dict.fromkeys(text for name, text in rows if name in names and text)]:
             return captions
     except (UserError, OSError):
@@ -170,9 +170,8 @@ def print_found(shelf: Shelf, finder: Finder, options: Namespace) -> None:
     if options.top_k > len(shelf.names):
         warn(f"--top-k {options.top_k}: there are {len(shelf.names):,}, all are shown")
     queries = [terms_of(query, files=True) for query in options.query]
-    for term in (term for terms in queries for term in terms if not term.file):
-        if remark := check_query(term.text, finder.trained):
-            warn(f"--query {remark}")
+    texts = [term.text for terms in queries for term in terms if not term.file]
+    check_queries(texts, finder.trained)
     for query, terms in zip(options.query, queries, strict=True):
         found = finder.find(finder.embed(terms), options.top_k)
         if len(queries) > 1:

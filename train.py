@@ -32,12 +32,12 @@ from dataset import Pairs, add_data_flags
 from evaluate import contrastive_loss, evaluate_split
 from loss import build_loss, check_finite
 from models import CLIP, HEADS, IMAGE_TOWERS, TEXT_TOWERS, hold_back
-from sources.pictures import AUGMENTATIONS
-from support import runs
+from sources.augment import AUGMENTATIONS
+from support import remarks, runs
 from support.checkpoint import contents, restore, save_checkpoint
-from support.command import Parser, interruptible, later, number, run
+from support.command import Parser, later, number, run
 from support.device import AUTOCAST, choose_device, choose_precision, keep_memory
-from support.options import block_count, config_of, per_data, resolve
+from support.options import block_count, config_of, per_data
 
 # ------------------------------------------------------------------------------- the flags
 
@@ -166,7 +166,7 @@ def train_epoch(
     run: Run,
     epoch: int,
     options: argparse.Namespace,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None,
+    batches: Iterable[tuple[torch.Tensor, ...]] | None = None,
 ) -> dict[str, float]:
     """Every training image once, with its next captions: mean loss, last rate, images a second.
 
@@ -179,9 +179,9 @@ def train_epoch(
     total = seen = 0
     clock = time.perf_counter()
     bar = tqdm(batches, f"epoch {epoch}", steps, unit="batch", leave=False, disable=None)
-    for step, (images, texts, ids) in enumerate(bar):
+    for step, (images, texts, ids, text_ids) in enumerate(bar):
         # images (B, 3, S, S) in [0, 1], augmented; texts (B * K, L), K captions an image, 0 where
-        # padded; ids (B * K,): which image each text belongs to
+        # padded; ids and text_ids (B * K,): each text's image, and which texts are equal
         done, warmup = (epoch - 1) * steps + step, round(options.warmup * steps)
         share = learning_rate(done, options.epochs * steps, warmup, options.schedule)
         for group in optimizer.param_groups:
@@ -189,7 +189,7 @@ def train_epoch(
         image_embeddings = model.encode_image(images)  # (B, D), unit length
         text_embeddings = model.encode_text(texts)  # (B * K, D), unit length
         each = image_embeddings.repeat_interleave(len(texts) // len(images), 0)  # (B * K, D)
-        value = loss(each, text_embeddings, model.scale(), ids)
+        value = loss(each, text_embeddings, model.scale(), ids, text_ids=text_ids)
         place = f"epoch {epoch}, batch {step + 1}"
         check_finite(value.item(), image_embeddings, text_embeddings, place)
         optimizer.zero_grad(set_to_none=True)
@@ -205,7 +205,7 @@ def train_epoch(
         speed = seen / (time.perf_counter() - clock)
         bar.set_postfix(loss=f"{value.item():.3f}", rate=f"{speed:.0f}/s")
         if epoch == 1 and step == min(10, steps - 1):
-            runs.say_duration(steps * len(images) / speed, options.epochs)
+            remarks.say_duration(steps * len(images) / speed, options.epochs)
     return {
         "train_loss": total / seen,
         "lr": max(group["lr"] for group in optimizer.param_groups),
@@ -277,41 +277,34 @@ def train(
     `home` is the folder to resume: the run's, or that of its recipe.
     """
     if earlier and runs.is_finished(earlier["history"], options):
-        further = "; --epochs N goes further" if home == out else ""
-        print(f"{out}: this run is finished after {earlier['epoch']} epochs{further}")
-        return 0
+        return runs.complete(out, home, earlier)
     clock = time.perf_counter()
-    run = begin(options, earlier)
-    history, before = run.history, run.history[-1]["minutes"] if run.history else 0.0
-    runs.write_config(out / "config.json", config_of(options))
-    print(runs.describe(run, options))
-    with interruptible():
-        try:
-            print(runs.table_head())
-            while not runs.is_finished(history, options):
-                epoch, since = len(history) + 1, time.perf_counter()
-                record = {"epoch": epoch} | train_epoch(run, epoch, options)
-                with run.average.in_place() if run.average else nullcontext() as weights:
-                    record |= measure(run, options, f"epoch {epoch}, dev")
-                    now = time.perf_counter()
-                    record |= {"seconds": now - since, "minutes": before + (now - clock) / 60}
-                    history.append(record)
-                    best = max(history, key=lambda past: past["mean_recall"])  # first of equals
-                    copy = out / "best.pt" if best is record else None
-                    finished = runs.is_finished(history, options)
-                    content = contents(run, weights, config_of(options), finished)
-                    save_checkpoint(out / "last.pt", content, copy)
-                runs.write_history(out, history, run.pairs["train"].dataset.origin())
-                print(runs.table_line(record), flush=True)
-        except KeyboardInterrupt as stopped:
-            runs.say_stopped(out, home)
-            return stopped.args[0]
+    with runs.fitting(options):  # into memory
+        run = begin(options, earlier)
+        history, before = run.history, run.history[-1]["minutes"] if run.history else 0.0
+        runs.write_config(out / "config.json", config_of(options))
+        print(remarks.describe(run, options))
+        print(remarks.table_head())
+        while not runs.is_finished(history, options):
+            epoch, since = len(history) + 1, time.perf_counter()
+            record = {"epoch": epoch} | train_epoch(run, epoch, options)
+            with run.average.in_place() if run.average else nullcontext() as weights:
+                record |= measure(run, options, f"epoch {epoch}, dev")
+                now = time.perf_counter()
+                record |= {"seconds": now - since, "minutes": before + (now - clock) / 60}
+                history.append(record)
+                best = max(history, key=lambda past: past["mean_recall"])  # first of equals
+                copy = out / "best.pt" if best is record else None
+                finished = runs.is_finished(history, options)
+                content = contents(run, weights, config_of(options), finished)
+                save_checkpoint(out / "last.pt", content, copy)
+            runs.write_history(out, history, run.pairs["train"].dataset.origin())
+            print(remarks.table_line(record))
+            remarks.warn_of_chance(run, options)
     if len(history) < options.epochs:
         print(f"stopped early: no better epoch in {options.patience} (--patience)")
-    print(
-        f"wrote {out}: best.pt (epoch {best['epoch']}, mean recall on dev "
-        f"{best['mean_recall']:.1f}%), last.pt, history.csv, curves.png, config.json"
-    )
+    files = "last.pt, history.csv, curves.png, config.json"
+    print(f"wrote {out}: best.pt ({remarks.best_of(history)}), {files}")
     return 0
 
 
@@ -328,17 +321,16 @@ def measure(run: Run, options: argparse.Namespace, place: str) -> dict[str, floa
     return {**record, "logit_scale": scale}
 
 
+# Both find the run's folder, and the runs of a recipe, and call `train` for each.
+BEGIN_ANEW = later("support.recipes", "begin_anew")
+GO_ON = later("support.recipes", "go_on")
+
+
 def main(argv: list[str]) -> int:
     keep_memory()
     parser = build_parser()
     typed = parser.typed(argv)
-    if "resume" in typed:
-        return runs.go_on(typed, parser, train)
-    recipe = runs.read_recipe(typed.get("recipe", "assignment"))
-    out = runs.new_folder(typed, parser)
-    if len(recipe) > 1:
-        return runs.run_recipe(recipe, out, parser, typed, train)
-    return train(resolve(parser, typed, parser.typed(recipe[0][1])), out, None, out)
+    return (GO_ON if "resume" in typed else BEGIN_ANEW)(typed, parser, train)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import support.python  # noqa: F401  refuses a Python that is too old, before al
 
 # isort: split
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,14 +21,28 @@ from PIL import Image
 
 import evaluate
 from evaluate import Embedded, first_captions
-from sources.pictures import thumbnail
+from sources.opening import thumbnail
 from support import zeroshot
 from support.checkpoint import load_checkpoint
-from support.command import Parser, UserError, later, number, run, warn
+from support.command import Parser, UserError, later, number, output, run, say_unused, warn
 from support.embedding import Trained, load_trained, trained_on
-from support.figures import GREEN, GREY, INK, PALETTE, RED, canvas, draw_curves, wrapped, write
-from support.hits import Hit, check_queries, cosine, find
+from support.figures import (
+    GREEN,
+    GREY,
+    INK,
+    PALETTE,
+    RED,
+    canvas,
+    draw_curves,
+    fitting,
+    wrapped,
+    write,
+)
+from support.grid import CELL, Cell, Row, draw_grid
+from support.hits import Hit, cosine, find
 from support.html import write_page
+from support.options import same_run
+from support.remarks import check_queries, unread
 from support.topics import topics
 
 if TYPE_CHECKING:
@@ -66,6 +81,9 @@ def embed_split(trained: Trained, options: Namespace) -> tuple[Embedded, Picture
     if seen := trained_on(trained, dataset, pairs.rows).sum():
         warn(f"{seen:,} of the {count:,} images evaluated were trained on")
         note = f"{seen:,} of these images were trained on; "
+    for remark in unread(trained.tokenizers, pairs.captions, "captions"):
+        warn(remark)
+        note += f"{remark}; "
     footer = (
         f"data {Path(dataset.path).resolve().name}, {dataset.splits} {pairs.name} split: "
         f"{count:,} images, {len(pairs.captions):,} captions; scores are cosines, ties lose; "
@@ -90,12 +108,13 @@ def embed_folder(trained: Trained, options: Namespace) -> Pictures:
 
 def whole_history(trained: Trained) -> list[dict[str, float]]:
     """The history of the (first) run up to its last epoch: best.pt ends with the best one."""
-    history, config = trained.content["history"], trained.content["config"]
+    history = trained.content["history"]
     of_recipe = trained.path.with_name("recipe.txt").is_file()  # its runs have folders of their own
     for last in trained.path.parent.glob("*/last.pt" if of_recipe else "last.pt"):
-        content = load_checkpoint(last)
-        if content["config"] == config:
-            history = max(history, content["history"], key=len)
+        with contextlib.suppress(UserError):  # it may be damaged where best.pt is whole
+            content = load_checkpoint(last)
+            if same_run(trained.content, content):
+                history = max(history, content["history"], key=len)
     return history
 
 
@@ -167,27 +186,13 @@ def extreme_cases(embedded: Embedded, count: int) -> list[list[int]]:
     return [order[:count].tolist() for order in once]
 
 
-CELL, LINE, GAP = 1.5, 0.19, 0.14  # inches
-
-
-class Cell(NamedTuple):
-    """A picture, the lines under it and the colour of its frame."""
-
-    picture: Image.Image
-    note: str = ""
-    frame: str | None = None
-
-
-Row = tuple[list[tuple[str, str]], list[Cell]]  # of a grid: texts, each with its colour; cells
-
-
 def cells_of(hits: list[Hit], pictures: Pictures) -> list[Cell]:
     """The pictures found, with rank, score and name, the true one framed."""
     cells = []
     for hit in hits:
         note = f"{hit.rank:,.0f}: {hit.score:.3f}{' true image' if hit.true else ''}"
         if pictures.names:
-            note += f"\n{wrapped(pictures.names[hit.position], CELL, 8, 1)[0]}"
+            note += f"\n{fitting(pictures.names[hit.position], CELL, 8)}"
         cells.append(Cell(pictures.picture(hit.position), note, GREEN if hit.true else None))
     return cells
 
@@ -212,36 +217,6 @@ def image_row(embedded: Embedded, pictures: Pictures, i: int, k: int) -> Row:
         line = f"{hit.rank:,.0f}: {hit.score:.3f} {mark} {captions[hit.position]}"
         texts.append((line, colour))
     return texts, [Cell(pictures.picture(i))]
-
-
-def draw_grid(path: Path, title: str, footer: str, rows: list[Row], left: bool = True) -> None:
-    """Draws rows of pictures; the texts stand left of them, or right, of one line each."""
-    inches, most = (2.6, 5) if left else (7.5, 1)
-    pictures = max(len(cells) for _, cells in rows) * (CELL + GAP)
-    notes = max(1 + cell.note.count("\n") for _, cells in rows for cell in cells)
-    blocks = [
-        [(line, hue) for text, hue in texts for line in wrapped(text, inches, 9, most)]
-        for texts, _ in rows
-    ]
-    heights = [max(CELL + notes * LINE, len(block) * LINE) + GAP for block in blocks]
-    text_x, cells_x = (0.15, 0.15 + inches + GAP) if left else (0.15 + pictures, 0.15)
-    width = 0.3 + inches + GAP + pictures
-    with canvas(path, width, sum(heights), title, footer) as (figure, below):
-        figure.set_layout_engine("none")
-        top, total = below + sum(heights), figure.get_figheight()
-        for block, (_, cells), height in zip(blocks, rows, heights, strict=True):
-            for i, (line, hue) in enumerate(block):
-                y = (top - 0.05 - i * LINE) / total
-                figure.text(text_x / width, y, line, size=9, color=hue, va="top")
-            for i, cell in enumerate(cells):
-                x = (cells_x + i * (CELL + GAP)) / width
-                box = (x, (top - CELL) / total, CELL / width, CELL / total)
-                axes = figure.add_axes(box, xticks=[], yticks=[], anchor="N")
-                axes.imshow(cell.picture)
-                for spine in axes.spines.values():
-                    spine.set(visible=bool(cell.frame), color=cell.frame or INK, linewidth=4)
-                axes.set_xlabel(cell.note, size=8, labelpad=6, color=cell.frame or INK)
-            top -= height
 
 
 def clamped(flag: str, count: int, pool: int) -> int:
@@ -290,6 +265,10 @@ def draw_search(trained: Trained, options: Namespace) -> None:
     for query, embedding in zip(options.query, trained.embed_texts(options.query), strict=True):
         hits = find(embedding, pictures.embeddings, k)
         rows.append(([(query, INK)], cells_of(hits, pictures)))
+        if options.images:
+            print(query)
+            for hit in hits:
+                print(f"{hit.rank:,.0f} {hit.score:.3f} {pictures.names[hit.position]}")
     title = f"Text to image: the first {k} of {pool:,} pictures"
     write(options.out / name, draw_grid, title, pictures.footer, rows)
 
@@ -332,8 +311,12 @@ def main(argv: list[str]) -> None:
         raise UserError("--html shows a split; leave --zero-shot, --query and --images out")
     if options.templates and not options.zero_shot:
         raise UserError("--templates goes with --zero-shot")
+    if options.zero_shot or options.images:
+        unused = "a folder of its own is read"
+        say_unused(parser.typed(argv), ("data", "splits", "split"), unused)
     trained = load_trained(options.checkpoint, options.device)
     options.out = options.out or trained.path.parent / "figures"
+    output(str(options.out / "figure.png"))  # can it be written? before the work
     draw = draw_zero_shot if options.zero_shot else draw_search if options.query else draw_split
     (draw_page if options.html else draw)(trained, options)
 

@@ -8,42 +8,73 @@ import csv
 import io
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sources.layouts import Row, find_images, is_picture, read_text
+from sources.names import is_picture
+from sources.reading import Reading, Row
 from support.command import UserError
 
 LEAKED = "test films with the introduction or poster of a training film"
 
 
-def read_posters(paths: list[Path]) -> Iterator[Row]:
+COLUMNS = {  # what the columns of movies.csv may be called
+    "id": ("id", "movieid", "filmid", "imdbid", "tmdbid"),
+    "title": ("title", "name", "originaltitle"),
+    "intro": ("intro", "introduction", "overview", "plot", "summary", "synopsis", "description"),
+    "genres": ("genres", "genre"),
+}
+
+
+def read_posters(paths: list[Path], reading: Reading) -> Iterator[Row]:
     """Films: movies.csv (id, title, intro, perhaps genres), posters/ID.jpg, train.txt with ids.
 
     What train.txt does not name is test. An id of train.txt without a film is a row without intro.
+    Raises UserError when a column lacks, or a line has too few cells.
     """
     table, listing = paths[0], paths[0].with_name("train.txt")
-    posters = {Path(name).stem: name for name in find_images(table.parent)}
-    listed = read_text(listing).split() if listing.is_file() else []
+    listed = reading.text(listing).split() if listing.is_file() else []
     train = {Path(name).stem if is_picture(name) else name: None for name in listed}
     unknown = dict(train)
     try:
-        reader = csv.DictReader(io.StringIO(read_text(table), newline=""))
+        reader = csv.DictReader(io.StringIO(reading.text(table), newline=""))
+        column = columns_of_films(reader.fieldnames or [], table)
         for film in reader:
-            name, title, intro = film["id"], film["title"], film["intro"]
+            name, title, intro = (film[column[role]] for role in ("id", "title", "intro"))
             if None in film or None in (name, title, intro):
                 problem = "another number of cells than the header; quote cells that hold a comma"
                 raise UserError(f"{table}, line {reader.line_num} has {problem}")
             name = name.strip()
             unknown.pop(name, None)
             split = ("train" if name in train else "test") if listing.is_file() else ""
-            poster = posters.get(name, f"{name}.jpg")
-            yield Row(poster, intro, split, title, (film.get("genres") or "").strip())
+            genres = film.get(column.get("genres")) or ""
+            yield Row(poster_of(name, reading), intro, split, title, genres)
     except csv.Error as error:
         raise UserError(f"{table} cannot be read as CSV: {error}") from error
     if listing.is_file() and len(unknown) == len(train):
         raise UserError(f"{listing} names no film of {table.name}; give its ids, one a line")
-    yield from (Row(posters.get(name, f"{name}.jpg"), "", "train") for name in unknown)
+    yield from (Row(poster_of(name, reading), "", "train") for name in unknown)
+
+
+def columns_of_films(header: Sequence[str], table: Path) -> dict[str, str]:
+    """{role: column} of movies.csv. Raises UserError, with the header, when one lacks."""
+    plain = {re.sub(r"[\W_]", "", name.lower()): name for name in reversed(header) if name}
+    column = {
+        role: plain[name]
+        for role, names in COLUMNS.items()
+        for name in reversed(names)
+        if name in plain
+    }
+    if lacking := [role for role in ("id", "title", "intro") if role not in column]:
+        problem = f"{table} has the columns {', '.join(header)}, and none is the {lacking[0]}"
+        raise UserError(f"{problem} of a film; id, title, intro are needed")
+    return column
+
+
+def poster_of(name: str, reading: Reading) -> str:
+    """A film's poster by its id; one that is not there is called ID.jpg."""
+    path = reading.pictures.find(name)
+    return reading.pictures.name(path) if path else f"{name}.jpg"
 
 
 def plain_title(title: str) -> str:

@@ -60,11 +60,16 @@ class GenreInfoNCE(nn.Module):
         self.share, self.label_smoothing = share, label_smoothing
 
     def forward(
-        self, images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor, ids: torch.Tensor
+        self,
+        images: torch.Tensor,
+        texts: torch.Tensor,
+        scale: torch.Tensor,
+        ids: torch.Tensor,
+        text_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """images, texts (N, D), unit length; ids (N,): rows of the dataset. A scalar."""
-        loss = info_nce(images, texts, scale, ids, self.label_smoothing)
-        cosines, same = compared(images, texts, ids)
+        loss = info_nce(images, texts, scale, ids, self.label_smoothing, text_ids)
+        cosines, same = compared(images, texts, ids, text_ids)
         alike = genre_likeness(self.table[ids]).masked_fill(same, 0.0)
         logits, total = scale * cosines, alike.sum(1)
         for axis in (1, 0):  # both are sums over the target times the logits: what moves is added

@@ -20,8 +20,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from sources.pictures import in_processes, open_picture
+from sources.opening import open_picture
 from support.command import UserError, warn
+from support.workers import in_processes
 from tricks.frozen import ImageFeatures, image_features, keep_features, key_of, text_features
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def read_cache(file: Path) -> dict[str, list[Line]]:
         try:
             digest, lines = json.loads(row)
             known[digest] = [Line(text, score, tuple(box)) for text, score, box in lines]
-        except ValueError:
+        except (ValueError, TypeError):
             continue
     return known
 

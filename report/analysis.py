@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from evaluate import KS
 from report import causes
 from report.causes import FEW, draw_weights, with_interval
 from report.groups import Features, Group, features, groups_of, parts
 from report.predictions import Answers, Line, answers
 from support.command import warn
-from support.results import KS, write_csv, write_json
+from support.results import write_csv, write_json
 
 if TYPE_CHECKING:
     from evaluate import Embedded

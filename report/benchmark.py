@@ -17,11 +17,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project above this folder
 
 from sources.pictures import decode_all
-from support.command import number, run
+from support.command import number, output, run
 from support.device import keep_memory
 from support.options import resolve
+from support.recipes import read_recipe
+from support.remarks import describe
 from support.results import write_json
-from support.runs import describe, read_recipe
 from train import Run, begin, build_parser, train_epoch
 
 
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
     flag("--batches", type=number(int, 2, 100_000), default=15, help="of a turn")
     flag("--turns", type=number(int, 1, 1000), default=3, help="of both loops; medians are shown")
     flag("--pictures", type=number(int, 2, 10**6), default=2000, help="to decode")
-    flag("--json", type=Path, metavar="FILE", help="write the figures there too")
+    flag("--json", type=output, metavar="FILE", help="write the figures there too")
     keep_memory()
     typed = parser.typed(argv)
     recipe = read_recipe(typed.get("recipe", "assignment"))

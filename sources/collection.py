@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sources.pictures import cached_pixels, thumbnail
+from support.command import HERE, later
 
+CACHE = HERE / ".cache"  # of decoded pictures and features
+cached_pixels = later("sources.pictures", "cached_pixels")
+thumbnail = later("sources.opening", "thumbnail")
 SPLITS = ("train", "dev", "test")
 
 

@@ -1,22 +1,21 @@
 """A folder of captions and pictures: read in its layout, decoded, split by image, faults counted.
 
-dataset.py asks `read_collection` for the fields of a Collection. A split by caption, which would
-test on pictures that were trained on, is taken only when asked for, and marked.
+dataset.py asks `read_collection` for the fields of a Collection.
 """
 
+from collections import defaultdict
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from sources.collection import SPLITS
-from sources.layouts import HOW_TO_GET, Row, find_files, find_images, read_folder, read_text
+from sources.layouts import read_folder
+from sources.names import Pictures, parts_of
 from sources.pictures import cached_pixels
-from support.command import HERE, UserError, warn
-
-SPLIT_SEED = 0  # of --splits random: a constant, so that no --seed trains on another's test images
-OFFICIAL = HERE / "Flickr8k"  # the official lists are shipped there
+from sources.reading import FORM, MUCH, Row, shortened
+from sources.splits import choose_splits, own_lists
+from support.command import UserError, warn
 
 
 def read_collection(
@@ -29,29 +28,31 @@ def read_collection(
     be read. Remarks on the splits go to stderr.
     """
     try:
-        layout, described, rows = read_folder(folder)
-        files = find_images(folder)
+        layout, described, rows, reading = read_folder(folder)
+        lists = own_lists(reading)
     except OSError as error:
         raise UserError(f"cannot read {error.filename or folder}: {error.strerror}") from error
-    if not files:
-        raise UserError(f"{folder} has captions but no image; {HOW_TO_GET}")
+    if not len(pictures := reading.pictures):
+        raise UserError(f"{folder} has captions ({described}) but no image; put the pictures there")
     rules = import_module(layout.rules) if layout.rules else None
     rows, cleaned = rules.clean(rows, titles) if rules else (rows, {})
-    rows, skipped = with_an_image(rows, files, folder)
-    names = sorted({row.image for row in rows})
+    rows, files, skipped, remarks = with_an_image(rows, pictures)
+    skipped |= reading.skipped
+    names = sorted(files)
     decoded = cached_pixels([files[name].resolve() for name in names], size, cache, workers)
     failed = {names[row]: reason for row, reason in decoded.failed.items()}
     unreadable = [f"{name}: {reason}" for name, reason in failed.items()]
     check_readable(folder, len(names), unreadable)
     rows = [row for row in rows if row.image not in failed]
-    labels, way, remarks, by_caption = choose_splits(splits, rows, folder)
-    skipped |= {"unreadable images": unreadable, **cleaned}
     digests = [digest or "" for digest in decoded.digests]
+    digest_of = dict(zip(names, digests, strict=True))
+    labels, way, more_remarks, by_caption = choose_splits(splits, rows, lists, digest_of)
+    remarks += more_remarks
+    skipped |= {"unreadable images": unreadable, **cleaned}
     if rules:
-        digest_of = dict(zip(names, digests, strict=True))
         labels, left_out, more_remarks = rules.after_split(rows, labels, digest_of)
         skipped |= left_out
-        remarks = remarks + more_remarks
+        remarks += more_remarks
     for remark in remarks:
         warn(remark)
     row_of = {name: row for row, name in enumerate(names)}
@@ -75,19 +76,84 @@ def read_collection(
 
 
 def with_an_image(
-    rows: list[Row], files: dict[str, Path], folder: Path
-) -> tuple[list[Row], dict[str, list[str]]]:
-    """The captions that have an image and a word, and the names of what has not."""
-    kept = [row for row in rows if row.image in files and row.caption]
-    captioned = {row.image for row in kept}
-    if not captioned:
-        missing = f"none of the {len(files):,} images of {folder} is named in its captions"
-        raise UserError(f"{missing}; {HOW_TO_GET}")
-    return kept, {
-        "captions without an image": [row.image for row in rows if row.image not in files],
-        "empty captions": [r.image for r in rows if r.image in files and not r.caption],
-        "images without captions": [name for name in files if name not in captioned],
+    rows: list[Row], pictures: Pictures
+) -> tuple[list[Row], dict[str, Path], dict[str, list[str]], list[str]]:
+    """(the captions that have an image and a word, the images' files by name, what was left out,
+    what the user should know of it).
+
+    Raises UserError when no caption has an image, or when it cannot be told which.
+    """
+    meant = pictures_meant(rows, pictures)
+    kept, lacking, empty, files = [], [], [], {}
+    for row in rows:
+        path = meant.get((row.image, row.place))
+        if path is None:
+            lacking.append(row.image)
+        elif not row.caption:
+            empty.append(row.image)
+        else:
+            files[name := pictures.name(path)] = path
+            kept.append(row._replace(image=name))
+    alone = [name for path in pictures.parts if (name := pictures.name(path)) not in files]
+    if not files and empty:
+        raise UserError(f"all captions of the images of {pictures.folder} are empty; {FORM}")
+    if not files:
+        near = f"they name {shortened(lacking[0])}, " if lacking else ""
+        raise UserError(
+            f"none of the {len(pictures):,} images of {pictures.folder} is named in its captions: "
+            f"{near}the pictures are named {alone[0]}; {FORM}"
+        )
+    remarks = []
+    for found, problem in ((lacking, "no picture"), (empty, "no word")):
+        if len(found) > MUCH * len(rows):
+            some = ", ".join([*dict.fromkeys(map(shortened, found))][:3])
+            remarks.append(f"{len(found):,} of the {len(rows):,} captions have {problem} ({some})")
+    if lacking and alone and len(lacking) > MUCH * len(rows):
+        remarks[0] += f"; a picture that no caption names is {alone[0]}"
+    skipped = {
+        "captions without an image": lacking,
+        "empty captions": empty,
+        "images without captions": alone,
     }
+    return kept, files, skipped, remarks + strange_places(meant, pictures)
+
+
+def pictures_meant(rows: list[Row], pictures: Pictures) -> dict[tuple[str, str], Path]:
+    """{(name, place) in the captions: picture}.
+
+    Where captions give folders and not all of them are there, cat/1.jpg and dog/1.jpg may fit one
+    picture: it is that of the name that fits best. Raises UserError when both fit as well.
+    """
+    claims = defaultdict(dict)  # picture -> {folders that a name gives: the names}
+    for name, place in dict.fromkeys((row.image, row.place) for row in rows):
+        if path := pictures.find(name, place):
+            folders = tuple(map(str.casefold, parts_of(name)[:-1]))
+            claims[path].setdefault(folders, []).append((name, place))
+    meant = {}
+    for path, named in claims.items():
+        strange = {x: pictures.strange_folders(names[0][0], path) for x, names in named.items()}
+        own = [x for x in named if strange[x] == 0]
+        if not own and len(named) > 1:
+            shown = " and ".join(names[0][0] for names in [*named.values()][:2])
+            name = "/".join(pictures.parts[path])
+            problem = f"{shown} in the captions would both be {name} of {pictures.folder}"
+            raise UserError(f"{problem}; name the folders as they are there")
+        for folders in own or named:
+            meant |= dict.fromkeys(named[folders], path)
+    return meant
+
+
+def strange_places(meant: dict[tuple[str, str], Path], pictures: Pictures) -> list[str]:
+    """Says where captions name another folder than that of the picture that was taken for theirs,
+    if the pictures lie in several."""
+    if len({parts[:-1] for parts in pictures.parts.values()}) < 2:
+        return []
+    strange = {x: path for x, path in meant.items() if pictures.strange_folders(x[0], path)}
+    if not strange:
+        return []
+    (name, _), path = next(iter(strange.items()))
+    found = "/".join(pictures.parts[path])
+    return [f"images in other folders than their captions say: {len(strange):,} ({name}: {found})"]
 
 
 def check_readable(folder: Path, count: int, unreadable: list[str]) -> None:
@@ -95,98 +161,7 @@ def check_readable(folder: Path, count: int, unreadable: list[str]) -> None:
     if len(unreadable) > 0.1 * count:
         raise UserError(
             f"{len(unreadable):,} of {count:,} images of {folder} cannot be read, more than "
-            f"10% ({'; '.join(unreadable[:3])}); get the data again"
+            f"10% ({'; '.join(unreadable[:3])}); copy them there again"
         )
     if (left := count - len(unreadable)) < 3:
         raise UserError(f"{folder} has {left} readable images with captions; 3 are needed")
-
-
-# ---------------------------------------------------------------------------------- splits
-
-
-class Labelled(NamedTuple):
-    """The split of every row, and how it came about."""
-
-    labels: list[str]  # one a row, "" for none
-    way: str  # "given", "official" or "random"
-    remarks: list[str]  # what the user should know
-    by_caption: bool = False  # an image stands in two splits: figures made on it flatter
-
-
-def choose_splits(choice: str, rows: list[Row], folder: Path) -> Labelled:
-    """Gives every row its split; `choice` is --splits.
-
-    Raises UserError when `choice` is given or official and the data has no such split.
-    """
-    lists = read_lists(folder)
-    labels = [row.split or lists.get(row.image, "") for row in rows]  # the data's own
-    leak = leak_of(rows, labels)
-    images = sorted({row.image for row in rows})
-    if choice == "given" or (choice == "auto" and any(labels) and not leak):
-        return given_splits(rows, images, labels, leak)
-    official = read_lists(OFFICIAL)
-    fits = {official.get(image) for image in images} >= set(SPLITS)  # there are some of each
-    if choice == "official" and not fits:
-        raise UserError("--splits official: the image names are not Flickr8k's; use --splits auto")
-    if choice != "random" and fits:
-        way, words, split_of = "official", "the official lists", official
-    else:
-        way, words, split_of = "random", "a seeded split by image", seeded_splits(images)
-    remarks = []
-    if choice == "auto" and leak:
-        refused = f"the data's own split is by caption and refused: {leak}"
-        remarks = [f"{refused}; used instead: {words}"]
-    return Labelled([split_of.get(row.image, "") for row in rows], way, remarks)
-
-
-def read_lists(folder: Path) -> dict[str, str]:
-    """{image name: split} of Flickr_8k.{train,dev,test}Images.txt in `folder`, or one deep."""
-    return {
-        line.strip(): split
-        for split in SPLITS
-        for path in find_files(folder, [f"*{split}Images.txt"])
-        for line in read_text(path).split("\n")
-        if line.strip()
-    }
-
-
-def leak_of(rows: list[Row], labels: list[str]) -> str:
-    """Says how many test images are trained on too; "" where no image stands in two splits."""
-    labelled = set(zip((row.image for row in rows), labels, strict=True))
-    images = {split: {image for image, label in labelled if label == split} for split in SPLITS}
-    if sum(map(len, images.values())) == len(set().union(*images.values())):
-        return ""
-    leaked, tests = images["train"] & images["test"], images["test"]
-    return f"{len(leaked):,} of its {len(tests):,} test images are also training images"
-
-
-def given_splits(rows: list[Row], images: list[str], labels: list[str], leak: str) -> Labelled:
-    """The data's own split, completed where it lacks dev or test images; a leak is said."""
-    if not any(labels):
-        raise UserError("--splits given: this data has no splits of its own; use --splits auto")
-    if leak:
-        remark = f"the given split is by caption, not by image: {leak}"
-        return Labelled(labels, "given", [remark], by_caption=True)
-    split_of = {row.image: label for row, label in zip(rows, labels, strict=True) if label}
-    remarks = []
-    if "test" not in labels and "dev" in labels:
-        split_of = {x: "test" if label == "dev" else label for x, label in split_of.items()}
-        remarks.append("its val images are used as test")
-    if "dev" not in split_of.values():
-        train = [image for image in images if split_of.get(image) == "train"]
-        drawn = shuffled(train)[: min(1000, max(1, len(train) // 10))]
-        split_of |= dict.fromkeys(drawn, "dev")
-        remarks.append(f"{len(drawn):,} of its training images, drawn by a seed, are used as dev")
-    remarks = ["; ".join(remarks)] if remarks else []
-    return Labelled([split_of.get(row.image, "") for row in rows], "given", remarks)
-
-
-def seeded_splits(images: list[str]) -> dict[str, str]:
-    """An eighth of the images, at most 1,000, for test, as many for dev, the rest for train."""
-    held, order = min(1000, max(1, len(images) // 8)), shuffled(images)
-    parts = {"test": order[:held], "dev": order[held : 2 * held], "train": order[2 * held :]}
-    return {image: split for split, part in parts.items() for image in part}
-
-
-def shuffled(images: list[str]) -> list[str]:
-    return [images[i] for i in np.random.default_rng(SPLIT_SEED).permutation(len(images))]

@@ -1,160 +1,178 @@
 """How captions and pictures lie in a folder: every known layout is one entry of LAYOUTS.
 
-dataset.py calls `read_folder` for the captions and `find_images` for the pictures; nothing is
-ever asked of the user, and what is read is said in the summary line.
+sources/folder.py calls `read_folder`; nothing is ever asked of the user, and what is read is said
+in the summary line.
 """
 
-import codecs
-import csv
-import io
-import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from sources.pictures import EXTENSIONS
+from sources.names import is_hidden, visible_folders
+from sources.reading import FORM, Reading, Row, reason_of, shortened, split_in, split_of
+from sources.records import read_coco, read_json, read_karpathy, read_records
+from sources.tables import read_lines
+from sources.texts import clean_text
 from support.command import UserError, later
+
+__all__ = ["HOW_TO_GET", "LAYOUTS", "Row", "find_files", "read_folder", "read_json"]
 
 HOW_TO_GET = (
     "get Flickr8k from https://cloud.tsinghua.edu.cn/f/6e5dcf45eac345649665/ and unpack it into "
     "Flickr8k/images, or run `python dataset.py --download`, or use --data shapes"
 )
+RECORDS = (".json", ".jsonl", ".ndjson", ".parquet")
+TABLES = (".csv", ".tsv", ".tab", ".txt")
+NO_CAPTIONS = re.compile(r"readme|licen[cs]e|requirements|classes|changelog|copying", re.IGNORECASE)
 
 
-class Row(NamedTuple):
-    """One caption as a file gives it; what a file does not tell is ""."""
-
-    image: str
-    caption: str
-    split: str = ""
-    title: str = ""  # of a film; its caption is the introduction
-    genres: str = ""  # joined by |
+def read_any(path: Path, reading: Reading, split: str = "", place: str = "") -> Iterator[Row]:
+    """The captions of a file of any kind that is known by its ending."""
+    read = read_records if path.suffix.lower() in RECORDS else read_lines
+    return read(path, reading, split, place)
 
 
-def read_text(path: Path) -> str:
-    """Reads UTF-8 or UTF-16 with a BOM, else UTF-8; a byte that is not UTF-8 counts as Latin-1."""
-    data = path.read_bytes()
-    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return data.decode("utf-16", "replace") if wide else data.decode("utf-8-sig", "latin-1 bytes")
+def read_first(paths: list[Path], reading: Reading) -> Iterator[Row]:
+    """A layout of a single file."""
+    return read_any(paths[0], reading)
 
 
-codecs.register_error(
-    "latin-1 bytes", lambda e: (e.object[e.start : e.end].decode("latin-1"), e.end)
-)
-
-
-def is_picture(name: str) -> bool:
-    """Whether a name ends as a picture's does; `a.jpg.1`, a quirk of Flickr8k, counts."""
-    return Path(re.sub(r"\.\d+$", "", name)).suffix.lower() in EXTENSIONS
-
-
-def read_lines(path: Path, split: str = "") -> Iterator[Row]:
-    """Reads a text file of captions; its first lines tell which of three notations it is in.
-
-    `name.jpg#0<TAB>caption` (Flickr8k.token.txt), `name.jpg| 0| caption` (Flickr30k results.csv),
-    or CSV with or without a header (Kaggle captions.txt). Raises UserError when it is none.
-    """
-    text = read_text(path)
-    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
-    if not lines:
-        raise UserError(f"{path} is empty; {HOW_TO_GET}")
-    head = lines[:5]
-    if any(re.match(r"[^\t]+#\d+\t", line) for line in head):
-        pairs = (line.partition("\t")[::2] for line in lines)
-        rows = [Row(name.rpartition("#")[0] or name, caption, split) for name, caption in pairs]
-    elif any("|" in line and is_picture(line.partition("|")[0].strip()) for line in head):
-        bars = (line.partition("|")[::2] for line in lines)  # one of Flickr30k lacks the second
-        rows = [Row(name, re.sub(r"^\s*\d+\s*\|?", "", rest), split) for name, rest in bars]
-    else:
-        rows = [Row(name, caption, split) for name, caption in read_csv(text, path)]
-    rows = [row for row in rows if is_picture(row.image.strip())]  # drops the header
-    if not rows:
-        raise UserError(
-            f"{path} holds no captions: no line is `image.jpg,caption`, `image.jpg#0<TAB>caption` "
-            f"or `image.jpg| 0| caption`; {HOW_TO_GET}"
-        )
-    yield from rows
-
-
-def read_csv(text: str, path: Path) -> Iterator[tuple[str, str]]:
-    """Yields (image, caption) of each row; a caption with bare commas is joined again."""
-    image, caption, after, header = 0, 1, 0, True  # `after`: how many columns follow the caption
-    other = {"image_name": "image", "comment": "caption"}
-    try:
-        for row in csv.reader(io.StringIO(text, newline="")):
-            if header and any(row):
-                header = False
-                names = [other.get(cell.strip().lower(), cell.strip().lower()) for cell in row]
-                if {"image", "caption"} <= set(names):
-                    image, caption = names.index("image"), names.index("caption")
-                if not is_picture(names[0]) or names[-1].isdigit():  # a header, or an id column
-                    after = max(0, len(names) - 1 - caption)
-            if len(row) > max(image, caption):
-                if any(cell.count("\n") > 5 for cell in row):
-                    problem = f"a quote that opens at {row[image][:60]!r} is never closed"
-                    raise UserError(f"{path}: {problem}; {HOW_TO_GET}")
-                yield row[image], ",".join(row[caption : max(caption + 1, len(row) - after)])
-    except csv.Error as error:
-        raise UserError(f"{path} cannot be read as CSV: {error}; {HOW_TO_GET}") from error
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}; {HOW_TO_GET}") from error
-
-
-def read_karpathy(paths: list[Path]) -> Iterator[Row]:
-    """Karpathy's dataset_*.json: {"images": [{filename, split, sentences: [{raw}]}]}."""
-    names = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
-    for image in read_json(paths[0])["images"]:
-        split = names.get(image.get("split"), "")
-        for sentence in image["sentences"]:
-            yield Row(image["filename"], sentence["raw"], split)
-
-
-def read_coco(paths: list[Path]) -> Iterator[Row]:
-    """COCO's captions_*.json; the file names tell the splits where there are several files."""
-    for path in paths:
-        content = read_json(path)
-        split = "dev" if "val" in path.stem else "test" if "test" in path.stem else "train"
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        for note in content["annotations"]:
-            if note["image_id"] in names:
-                yield Row(names[note["image_id"]], note["caption"], split if paths[1:] else "")
-
-
-def read_course(paths: list[Path]) -> Iterator[Row]:
+def read_course(paths: list[Path], reading: Reading) -> Iterator[Row]:
     """The course's train_, val_ and test_captions.txt, and what captions.txt has beyond them."""
     seen = Counter()
     for path in paths:
-        split = path.stem.removesuffix("_captions")
-        for row in read_lines(path, "dev" if split == "val" else split):
+        for row in read_lines(path, reading, split_of(path.stem.removesuffix("_captions"))):
             seen[row[:2]] += 1
             yield row
     if (all_captions := paths[0].parent / "captions.txt").is_file():
-        for row in read_lines(all_captions):
+        for row in read_lines(all_captions, reading):
             if seen[row[:2]] > 0:
                 seen[row[:2]] -= 1
             else:
                 yield row
 
 
-def read_first(paths: list[Path]) -> Iterator[Row]:
-    """A layout of a single text file."""
-    return read_lines(paths[0])
+def read_image_folder(paths: list[Path], reading: Reading) -> Iterator[Row]:
+    """Hugging Face's imagefolder: metadata.csv or .jsonl beside its pictures, a folder a split."""
+    for path in paths:
+        place = path.parent.relative_to(reading.folder).as_posix()
+        for row in read_any(path, reading):
+            name = f"{place}/{row.image}" if place != "." else row.image
+            split = row.split or folder_split(name)
+            yield row._replace(image=name, split=split)
+
+
+def folder_split(name: str) -> str:
+    """The split that a path's folders tell: data/train/a.jpg -> train."""
+    return next(filter(None, map(split_of, name.split("/")[:-1])), "")
+
+
+def read_pairs(paths: list[Path], reading: Reading) -> Iterator[Row]:
+    """A picture and a text of one name: a.jpg and a.txt, which holds a caption a line."""
+    splits = {folder_split(path.relative_to(reading.folder).as_posix()) for path in paths}
+    for path in paths:
+        name = path.relative_to(reading.folder).as_posix()
+        stem = name.rpartition(".")[0]
+        split = folder_split(name) if len(splits - {""}) > 1 else ""
+        text = reading.text(path)
+        for line in [line for line in re.split(r"[\r\n]+", text) if line.strip()] or [""]:
+            yield Row(stem, line, split)
+
+
+def read_parts(paths: list[Path], reading: Reading) -> Iterator[Row]:
+    """One captions file of any name, or several that are named after their splits."""
+    for path in paths:
+        split = split_in(path.stem) if paths[1:] else ""
+        yield from read_any(path, reading, split, path.parent.name)
 
 
 class Layout(NamedTuple):
-    """A way in which captions lie in a folder: file name patterns and their reader."""
+    """A way in which captions lie in a folder: file name patterns, or a function that finds the
+    files, and their reader."""
 
     name: str
     patterns: tuple[str, ...]
-    read: Callable[[list[Path]], Iterable[Row]]
+    read: Callable[[list[Path], Reading], Iterable[Row]]
     rules: str = ""  # the module whose `clean` and `after_split` the data needs besides
+    find: Callable[[Reading], list[Path]] | None = None
+
+    def files(self, reading: Reading) -> list[Path]:
+        return self.find(reading) if self.find else find_files(reading.folder, self.patterns)
+
+
+def find_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files that match, in the order of the patterns: in the folder, else one folder deep."""
+    for place in (folder, *visible_folders(folder)):
+        matching = [path for pattern in patterns for path in sorted(place.glob(pattern))]
+        if found := [path for path in matching if path.is_file() and not is_hidden(path.name)]:
+            return found
+    return []
+
+
+def find_metadata(reading: Reading) -> list[Path]:
+    names = {"metadata.csv", "metadata.jsonl", "metadata.parquet"}
+    return [path for path in reading.files if path.name in names]
+
+
+def find_texts(reading: Reading) -> list[Path]:
+    """The texts that have a picture of their name, where most texts or most pictures do."""
+    texts = [path for path in reading.files if path.suffix.lower() in (".txt", ".caption")]
+    stems = {path: path.relative_to(reading.folder).as_posix().rpartition(".")[0] for path in texts}
+    own = [path for path in texts if reading.pictures.stems.get(path.stem.casefold())]
+    enough = 2 * len(own) > len(texts) or 2 * len(own) > len(reading.pictures)
+    return [p for p in own if reading.pictures.find(stems[p])] if len(own) > 2 and enough else []
+
+
+def find_captions(reading: Reading) -> list[Path]:
+    """The one file that can hold captions, or the files of a name but for their splits.
+
+    Raises UserError where there are several of which one would have to be chosen.
+    """
+    files = candidates(reading)
+    groups = defaultdict(list)
+    for path in files:
+        words = re.findall(r"[a-z]+|[^a-z]+", path.stem.lower())
+        key = tuple("" if split_of(word) else word for word in words)
+        groups[key, path.suffix.lower()].append(path)
+    if len(groups) == 1:
+        return files
+    usable = [group for group in groups.values() if all(holds_captions(p, reading) for p in group)]
+    if len(usable) > 1:
+        shown = ", ".join(path.name for group in usable[:3] for path in group[:1])
+        problem = f"{reading.folder} has several files of captions ({shown})"
+        raise UserError(f"{problem}; keep one of them there, or name it captions.csv")
+    return usable[0] if usable else files[:1]
+
+
+def candidates(reading: Reading) -> list[Path]:
+    """The files in a folder, or one deep, that could hold captions."""
+    for depth in (1, 2):
+        near = [p for p in reading.files if len(p.relative_to(reading.folder).parts) <= depth]
+        found = [p for p in near if p.suffix.lower() in (*RECORDS, *TABLES)]
+        found = [path for path in found if not NO_CAPTIONS.match(path.name)]
+        if found := [path for path in found if not is_listing(path, reading)]:
+            return found
+    return []
+
+
+def is_listing(path: Path, reading: Reading) -> bool:
+    """Whether a file lists pictures, one a line, without captions."""
+    if path.suffix.lower() != ".txt":
+        return False
+    lines = [line for line in re.split(r"[\r\n]+", reading.text(path)) if line.strip()]
+    return sum(map(reading.pictures.has, lines)) > 0.5 * len(lines)
+
+
+def holds_captions(path: Path, reading: Reading) -> bool:
+    """Whether a file is understood and names a picture."""
+    trial = Reading.__new__(Reading)
+    trial.__dict__ = {**reading.__dict__, "skipped": defaultdict(list), "encodings": {}}
+    try:
+        return any(reading.pictures.has(row.image) for row in read_any(path, trial))
+    except UserError:
+        return False
 
 
 # The first layout with a file in the folder, or one folder deep, is the one that is read.
@@ -166,69 +184,65 @@ LAYOUTS = (
     Layout("course", ("train_captions.txt", "val_captions.txt", "test_captions.txt"), read_course),
     Layout("Kaggle captions", ("captions.txt", "captions.csv"), read_first),
     Layout("posters", ("movies.csv",), later("posters.films", "read_posters"), "posters.films"),
+    Layout("Flickr8k-CN", ("*zhc.caption.txt", "*.caption.txt"), read_first),
+    Layout("Hugging Face imagefolder", (), read_image_folder, find=find_metadata),
+    Layout("pictures and texts", (), read_pairs, find=find_texts),
+    Layout("captions", tuple(f"captions{ending}" for ending in (*TABLES, *RECORDS)), read_first),
+    Layout("captions", (), read_parts, find=find_captions),
 )
-IMAGE_FOLDERS = (
-    "images", "Images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images",
-    "flickr30k-images", "train2017", "val2017", "train2014", "val2014", "posters", "poster",
-)  # fmt: skip
 
 
-def visible_folders(folder: Path) -> list[Path]:
-    inner = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [p for p in inner if p.name[0] != "." and p.name != "__MACOSX" and p.is_dir()]
+class Captions(NamedTuple):
+    """What the captions files of a folder hold."""
+
+    layout: Layout
+    described: str  # the layout and its file in words
+    rows: list[Row]
+    reading: Reading
 
 
-def find_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """The files that match, in the order of the patterns: in the folder, else one folder deep."""
-    for place in (folder, *visible_folders(folder)):
-        matching = [path for pattern in patterns for path in sorted(place.glob(pattern))]
-        if found := [path for path in matching if path.is_file() and path.name[0] != "."]:
-            return found
-    return []
-
-
-def find_images(folder: Path) -> dict[str, Path]:
-    """{file name: path} of the pictures in the known folders (nested too), else in any.
-
-    Captions are looked up in this table, so a name from the data never becomes a path itself.
-    """
-    inner = visible_folders(folder)
-    nested = [deeper for place in inner for deeper in visible_folders(place)]
-    known = [p for p in inner + nested if p.name in IMAGE_FOLDERS]
-    for places in (known, [folder], inner + nested):
-        found: dict[str, Path] = {}
-        for path in (path for place in places for path in place.iterdir()):
-            if path.suffix.lower() in EXTENSIONS and path.name[0] != "." and path.is_file():
-                found.setdefault(path.name, path)
-        if found:
-            return dict(sorted(found.items()))
-    return {}
-
-
-def clean_name(name: str) -> str:
-    r"""`Images\a.jpg` -> a.jpg; `a.jpg.1`, a quirk of one Flickr8k name, -> a.jpg."""
-    return re.sub(r"(\.\w+)\.\d+$", r"\1", name.strip().replace("\\", "/").rpartition("/")[2])
-
-
-def read_folder(folder: Path) -> tuple[Layout, str, list[Row]]:
-    """(the layout of a folder, it and its file in words, its rows); raises UserError or OSError."""
+def read_folder(folder: Path) -> Captions:
+    """The captions of a folder, and its pictures; raises UserError or OSError."""
     if not folder.is_dir():
-        problem = "is a file; give the folder" if folder.is_file() else "does not exist"
-        raise UserError(f"{folder} {problem}; {HOW_TO_GET}")
+        if folder.is_file():
+            raise UserError(f"{folder} is a file; give the folder that holds it and the pictures")
+        raise UserError(f"{folder} does not exist; {HOW_TO_GET}")
+    reading = Reading(folder)
     stranger = None  # a file of a layout's name but of another kind, such as dataset_info.json
     for layout in LAYOUTS:
-        if paths := find_files(folder, layout.patterns):
-            try:
-                stripped = [Row(*map(str.strip, row)) for row in layout.read(paths)]
-                rows = [row._replace(image=clean_name(row.image)) for row in stripped]
-            except (KeyError, TypeError, AttributeError) as error:
-                problem = f"{paths[0]} is no {layout.name}: {error!r} in it; {HOW_TO_GET}"
-                stranger = stranger or UserError(problem)
-                continue
-            if not rows:
-                raise UserError(f"{paths[0]} holds no captions; {HOW_TO_GET}")
-            return layout, f"{layout.name} ({paths[0].name})", rows
-    if stranger:
-        raise stranger
-    known = ", ".join(pattern for layout in LAYOUTS for pattern in layout.patterns)
-    raise UserError(f"{folder} has no captions file (any of {known}); {HOW_TO_GET}")
+        if not (paths := layout.files(reading)):
+            continue
+        reading.skipped.clear()
+        reading.encodings.clear()
+        try:
+            rows = [cleaned(row) for row in layout.read(paths, reading)]
+        except (KeyError, TypeError, AttributeError) as error:
+            problem = f"{paths[0]} is no {layout.name}: {reason_of(error)}; {FORM}"
+            stranger = stranger or UserError(problem)
+            continue
+        if not rows:
+            raise UserError(f"{paths[0]} holds no captions; {FORM}")
+        named = ", ".join([paths[0].name, *reading.encodings])
+        return Captions(layout, f"{layout.name} ({named})", rows, reading)
+    raise stranger or nothing_found(reading)
+
+
+def cleaned(row: Row) -> Row:
+    for name in (row.image, row.place):
+        if not isinstance(name, str):
+            raise TypeError(f"a picture's name is {shortened(repr(name))}")
+    caption, title = clean_text(row.caption).strip(), clean_text(row.title).strip()
+    return row._replace(
+        image=row.image.strip(), caption=caption, title=title, genres=row.genres.strip()
+    )
+
+
+def nothing_found(reading: Reading) -> UserError:
+    """The error of a folder without captions: what lies there, and how they are to be written."""
+    pictures, folder = len(reading.pictures), reading.folder
+    others = [p for p in reading.files if p not in reading.pictures.parts]
+    if not pictures and not others:
+        return UserError(f"{folder} has no captions file and no picture; {HOW_TO_GET}")
+    shown = ", ".join([path.name for path in others[:3]] + ["..."] * (len(others) > 3))
+    found = f"{pictures:,} pictures" + (f" and {shown}" if others else "")
+    return UserError(f"{folder} has no captions file, only {found}; {FORM}")

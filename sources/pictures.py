@@ -1,7 +1,6 @@
-"""From picture files to batches of pixels: decode once into a cache, then augment whole batches.
+"""From picture files to pixels: decoded once, into a cache.
 
-dataset.py calls `cached_pixels` on the files that it found, then `augment` on batches for training
-and `resize` for evaluation. Normalising is the first block of every image tower (see models.py).
+sources/folder.py calls `cached_pixels` on the files that it found.
 """
 
 import contextlib
@@ -9,78 +8,33 @@ import hashlib
 import io
 import json
 import math
-import multiprocessing
+import os
 import shutil
-import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
-from support.command import HERE, UserError
+from sources.opening import open_picture
+from support.command import UserError, warn
+from support.stopping import undone
+from support.workers import in_processes
 
 Decoded = tuple[np.ndarray | None, str]  # of one file, see `try_decode`
-CACHE = HERE / ".cache"
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
-MAX_PIXELS = 100_000_000  # a larger picture is a decompression bomb, or no picture for 224 px
 DECODER = "1"  # part of every cache key: raise it when `decode` gives other pixels
 DECODE_IN_PROCESS = 200  # fewer pictures than this are decoded sooner than processes start
-
-
-def open_picture(source: Path | bytes, near: int | None = None) -> Image.Image:
-    """Reads a picture as it should be seen, in RGB; a JPEG in a size not below `near` pixels.
-
-    EXIF rotation is applied, transparency laid on white, 16 bits scaled to 8, of an animation the
-    first frame taken. Raises ValueError or OSError with a short reason when it cannot be read.
-    """
-    data = source if isinstance(source, bytes) else source.read_bytes()
-    if not data:
-        raise ValueError("empty file")
-    with warnings.catch_warnings():  # Pillow's on odd metadata; the size is checked here
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are too many")
-            if near:
-                image.draft("RGB", (near, near))
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
 
 
 def decode(source: Path | bytes, size: int) -> np.ndarray:
     """A picture squashed to a square: uint8 (size, size, 3). Raises as `open_picture` does."""
     image = open_picture(source, 2 * size)
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any mode that Pillow reads to RGB without losing what is to be seen."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, np.float32))
-        deep = image.mode.startswith("I;") or values.max() > 255
-        top = 1 if image.mode == "F" and values.max() <= 1 else 65535 if deep else 255
-        return Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def thumbnail(path: Path, size: int = 256) -> Image.Image:
-    """A picture for a figure: as it should be seen, in its proportions, `size` pixels at most."""
-    image = open_picture(path, size)
-    image.thumbnail((size, size))
-    return image
 
 
 def try_decode(path: Path, size: int) -> Decoded:
@@ -109,10 +63,13 @@ def cached_folder(cache: Path, name: str, build: Callable[[Path], None]) -> Path
                 if time.time() - left.stat().st_mtime > 86_400:
                     shutil.rmtree(left, ignore_errors=True)
         scratch = tempfile.TemporaryDirectory("", ".building-", cache, ignore_cleanup_errors=True)
-        with scratch as temporary:
-            new = Path(temporary) / name
+        with undone(scratch.cleanup):
+            new = Path(scratch.name) / name
             new.mkdir()
             build(new)
+            for file in new.iterdir():  # whole on disk before it can be found: power may fail
+                with file.open("rb+") as written:
+                    os.fsync(written.fileno())
             try:
                 new.rename(folder)
             except OSError:
@@ -122,6 +79,37 @@ def cached_folder(cache: Path, name: str, build: Callable[[Path], None]) -> Path
         reason = error.strerror or error
         raise UserError(f"cannot write the cache {cache}: {reason}; give --cache DIR") from error
     return folder
+
+
+# What reading a damaged file raises: one that is cut off, empty, half copied, or gone.
+DAMAGED = (OSError, ValueError, EOFError, LookupError, TypeError)
+
+
+def cached(
+    cache: Path, name: str, build: Callable[[Path], None], read: Callable[[Path], Any]
+) -> Any:
+    """What `read` gives of the folder `cache`/`name`, which is built unless it is there already.
+
+    A damaged one (by a power cut, or by what cleans up temporary folders) is said and built anew.
+    Raises UserError when the cache cannot be written.
+    """
+    folder = cached_folder(cache, name, build)
+    try:
+        return read(folder)
+    except DAMAGED as error:
+        reason = " ".join(str(error).split())[:80] or type(error).__name__
+        warn(f"the cache {folder} is damaged ({reason}); it is built anew")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder = cached_folder(cache, name, build)
+    try:
+        return read(folder)
+    except DAMAGED as error:
+        raise UserError(f"cannot read the cache {folder}: {error}; give --cache DIR") from error
+
+
+def read_array(folder: Path, name: str = "features.npy") -> np.ndarray:
+    """An array that `cached_folder` holds, memory-mapped."""
+    return np.load(folder / name, mmap_mode="r")
 
 
 class PixelCache(NamedTuple):
@@ -145,13 +133,21 @@ def cached_pixels(paths: list[Path], size: int, cache: Path, workers: int) -> Pi
         state.update(f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}\n".encode())
     group = f"pixels-{size}-{names.hexdigest()[:12]}"
     build = partial(write_pixels, paths, size, workers)
-    folder = cached_folder(cache, f"{group}-{state.hexdigest()[:12]}", build)
+    name = f"{group}-{state.hexdigest()[:12]}"
+    kept = cached(cache, name, build, partial(read_pixels, count=len(paths)))
     for old in cache.glob(f"{group}-*"):
-        if old != folder:
+        if old.name != name:
             shutil.rmtree(old, ignore_errors=True)
+    return kept
+
+
+def read_pixels(folder: Path, count: int) -> PixelCache:
     index = json.loads((folder / "index.json").read_text("utf-8"))
     failed = {int(row): reason for row, reason in index["failed"].items()}
-    return PixelCache(np.load(folder / "pixels.npy", mmap_mode="r"), index["digests"], failed)
+    pixels, digests = read_array(folder, "pixels.npy"), index["digests"]
+    if len(pixels) != count or len(digests) != count:
+        raise ValueError(f"{len(pixels)} pictures and {len(digests)} digests, not {count} of each")
+    return PixelCache(pixels, digests, failed)
 
 
 def write_pixels(paths: list[Path], size: int, workers: int, folder: Path) -> None:
@@ -189,89 +185,3 @@ def decode_all(paths: list[Path], size: int, workers: int) -> Iterable[Decoded]:
     alone = workers < 2 or len(paths) < DECODE_IN_PROCESS
     pictures = map(work, paths) if alone else in_processes(work, paths, workers, 32)
     return tqdm(pictures, "decoding", len(paths), unit="image", leave=False, disable=None)
-
-
-def in_processes(
-    work: Callable[[Path], Any], paths: Iterable[Path], workers: int, chunksize: int
-) -> Iterator[Any]:
-    """Yields `work(path)` of each path, in order, from `workers` processes."""
-    # Forked workers start at once and do nothing but `work`; elsewhere forking is not safe.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(workers, context) as pool:
-        yield from pool.map(work, paths, chunksize=chunksize)
-
-
-# ---------------------------------------------------------------------------- whole batches
-
-
-class Augmentation(NamedTuple):
-    """How much one level of --image-augment changes a picture. Hue stays: captions name colours."""
-
-    area: float = 1.0  # the crop covers this share of the picture to all of it
-    flip: bool = False  # mirrors every second picture
-    rotate: float = 0.0  # degrees, either way
-    colour: float = 0.0  # brightness, contrast and saturation, each by a factor of 1 +- colour
-
-
-AUGMENTATIONS = {
-    "none": Augmentation(),
-    "mirror": Augmentation(flip=True),
-    "light": Augmentation(area=0.6, flip=True, colour=0.1),
-    "strong": Augmentation(area=0.35, flip=True, rotate=8, colour=0.3),
-}
-
-
-def resize(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 (B, S, S, 3) -> float in [0, 1], (B, 3, size, size), channels last in memory."""
-    images = pixels.permute(0, 3, 1, 2).float().div_(255)
-    if images.shape[-1] == size:
-        return images
-    images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def augment(
-    pixels: torch.Tensor, size: int, level: str, generator: torch.Generator
-) -> torch.Tensor:
-    """Like `resize`, each picture randomly cropped, mirrored, turned and tinted.
-
-    One affine map a picture does crop, flip and rotation in a single sampling of the batch.
-    `generator` (on the CPU) makes all the choices, so they do not depend on the device.
-    """
-    change = AUGMENTATIONS[level]
-    if change == Augmentation():
-        return resize(pixels, size)
-    count, device = len(pixels), pixels.device
-
-    def uniform(low: float, high: float) -> torch.Tensor:
-        return torch.rand(count, generator=generator) * (high - low) + low
-
-    spread = 0.288 if change.area < 1 else 0.0
-    area, ratio = uniform(change.area, 1), uniform(-spread, spread).exp()  # 3/4 to 4/3
-    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    left, top = uniform(-1, 1) * (1 - width), uniform(-1, 1) * (1 - height)
-    mirror = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0) if change.flip else torch.ones(count)
-    angle = uniform(-change.rotate, change.rotate).deg2rad()
-    rows = (
-        torch.stack([width * mirror * angle.cos(), -width * mirror * angle.sin(), left], 1),
-        torch.stack([height * angle.sin(), height * angle.cos(), top], 1),
-    )
-    grid = F.affine_grid(torch.stack(rows, 1).to(device), [count, 3, size, size], False)
-    images = pixels.permute(0, 3, 1, 2).float().div_(255)
-    images = F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
-    if change.colour:
-        low, high = 1 - change.colour, 1 + change.colour
-        factors = [uniform(low, high).view(-1, 1, 1, 1).to(device) for _ in range(3)]
-        images = tint(images, *factors)
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def tint(
-    images: torch.Tensor, brightness: torch.Tensor, contrast: torch.Tensor, saturation: torch.Tensor
-) -> torch.Tensor:
-    """Scales brightness, contrast (about the mean) and saturation (about grey), in [0, 1]."""
-    images = images * brightness
-    mean = images.mean((1, 2, 3), keepdim=True)
-    images = mean + (images - mean) * contrast
-    grey = images.mean(1, keepdim=True)
-    return (grey + (images - grey) * saturation).clamp_(0, 1)

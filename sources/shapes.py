@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sources.pictures import cached_folder
+from sources.pictures import cached, read_array
 
 SIZE = 64  # pixels, square
 SPLIT_SIZES = {"train": 6000, "dev": 400, "test": 400}
@@ -204,7 +204,9 @@ def draw(rng: np.random.Generator, scene: Scene) -> np.ndarray:
     for thing in sorted(scene.things, key=lambda thing: thing.size):  # big ones first, beneath
         centre = (PLACES[thing.place] + rng.uniform(-1.5, 1.5, 2)) * FINE
         radius = (6.2 if thing.size == "small" else 10.8) * rng.uniform(0.94, 1.06) * FINE
-        fill = (*(RGB[thing.colour] + rng.uniform(-12, 12, 3)).clip(0, 255).astype(int).tolist(),)
+        fill = tuple(
+            (RGB[thing.colour] + rng.uniform(-12, 12, 3)).clip(0, 255).astype(int).tolist()
+        )
         # A thin edge, so that nothing drowns in its ground: dark, but light around black.
         edge = (190, 190, 190) if thing.colour == "black" else tuple(v * 2 // 5 for v in fill)
         if thing.shape == "ring":  # its hole shows the ground
@@ -246,8 +248,12 @@ def read_shapes(cache: Path) -> dict[str, Any]:
         digests = [hashlib.sha256(scene.tobytes()).hexdigest()[:32] for scene in pixels]
         (folder / "index.json").write_text(json.dumps([captions, labels, digests]), "utf-8")
 
-    folder = cached_folder(cache, f"shapes-{SIZE}-{key[:12]}", build)
-    captions, labels, digests = json.loads((folder / "index.json").read_text("utf-8"))
+    def read(folder: Path) -> tuple[np.ndarray, list[list[str]], list[str], list[str]]:
+        captions, labels, digests = json.loads((folder / "index.json").read_text("utf-8"))
+        return read_array(folder, "pixels.npy"), captions, labels, digests
+
+    name = f"shapes-{SIZE}-{key[:12]}"
+    pixels, captions, labels, digests = cached(cache, name, build, read)
     return {
         "path": "shapes",
         "layout": "built-in",
@@ -255,7 +261,7 @@ def read_shapes(cache: Path) -> dict[str, Any]:
         "splits": "built-in",
         "names": [f"{label}-{row:05d}" for row, label in enumerate(labels)],
         "paths": [],
-        "pixels": np.load(folder / "pixels.npy", mmap_mode="r"),
+        "pixels": pixels,
         "digests": digests,
         "captions": [caption for five in captions for caption in five],
         "caption_image": np.repeat(np.arange(len(captions)), 5),

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 import torchvision
 
-from support.command import UserError, atomic_write
+from support.command import UserError, atomic_write, out_of_memory
 
 if TYPE_CHECKING:
+    from dataset import CaptionedImages
     from train import Run
 
 FORMAT, VERSION = "mini-clip", 4
@@ -34,22 +35,24 @@ def first_line(error: Exception) -> str:
 
 
 def save_checkpoint(path: Path, content: dict[str, Any], copy: Path | None = None) -> None:
-    """Writes `content` atomically; to `copy` first where one is wanted.
+    """Writes `content` atomically, safe from a power cut; to `copy` first where one is wanted.
 
     When the process dies in between, `path` is still the older one, and redoing its epoch writes
     the same `copy` again.
     """
     versions = {module.__name__: str(module.__version__) for module in (torch, torchvision, np)}
     versions["python"] = platform.python_version()
-    with atomic_write(path) as temporary:
+    with atomic_write(path, durable=True) as temporary:
         try:
             torch.save(
                 {"format": FORMAT, "version": VERSION, "versions": versions, **content}, temporary
             )
         except RuntimeError as error:  # torch's word for a full disk
+            if out_of_memory(error):
+                raise
             raise OSError(28, f"{first_line(error)} (is the disk full?)") from error
         if copy:
-            with atomic_write(copy) as second:
+            with atomic_write(copy, durable=True) as second:
                 shutil.copyfile(temporary, second)
 
 
@@ -62,6 +65,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
     except NOT_A_CHECKPOINT as error:
+        if out_of_memory(error):
+            raise
         raise UserError(
             f"{path} is not a checkpoint of train.py, or a damaged one ({first_line(error)})"
         ) from error
@@ -110,14 +115,26 @@ def contents(
             "cpu": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         },
+        "device": run.model.device.type,
         "fingerprint": dataset.fingerprint,
+        "origin": dataset.origin(),
         "split_by_caption": dataset.by_caption,
-        "train_images": {
-            "names": [dataset.names[row] for row in rows],
-            "digests": [dataset.digests[row] for row in rows],
+        "train_images": identity(dataset, rows),
+        "split_images": {  # what is held out, wherever the data will lie
+            name: identity(dataset, np.unique(dataset.caption_image[dataset.labels == name]))
+            for name in ("dev", "test")
         },
+        "images": len(np.unique(dataset.caption_image)),
         "config": config,
         "finished": finished,
+    }
+
+
+def identity(dataset: CaptionedImages, rows: np.ndarray) -> dict[str, list[str]]:
+    """By what some images are known again: their names, and sha256 of their contents."""
+    return {
+        "names": [dataset.names[row] for row in rows],
+        "digests": [dataset.digests[row] for row in rows],
     }
 
 
@@ -130,6 +147,7 @@ def restore(run: Run, earlier: dict[str, Any]) -> Run:
     if run.average:
         run.average.restore(earlier["average"])
     torch.set_rng_state(earlier["random_states"]["cpu"])
-    if run.model.device.type == "cuda":
-        torch.cuda.set_rng_state_all(earlier["random_states"]["cuda"])
+    if run.model.device.type == "cuda":  # which may have fewer GPUs now
+        states = earlier["random_states"]["cuda"][: torch.cuda.device_count()]
+        torch.cuda.set_rng_state_all(states)
     return run._replace(history=earlier["history"])

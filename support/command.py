@@ -6,15 +6,19 @@ which turns a `UserError` into one line on stderr and exit code 2; a bug keeps i
 
 import argparse
 import contextlib
+import errno
 import glob
 import importlib
 import os
+import re
 import secrets
-import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from support import stopping, streams
 
 HERE = Path(__file__).resolve().parents[1]  # the project, not this folder
 
@@ -47,7 +51,8 @@ class Parser(argparse.ArgumentParser):
         held = argparse.Namespace(**dict.fromkeys(self.defaults(), absent))
         found = vars(super().parse_args([dashed(word) for word in argv], held))
         # A positional that is absent gets None all the same.
-        return {flag: x for flag, x in found.items() if x is not absent and x is not None}
+        typed = {flag: x for flag, x in found.items() if x is not absent and x is not None}
+        return {flag: at_home(x) for flag, x in typed.items()}
 
     def defaults(self) -> dict[str, Any]:
         """Returns every flag's default, as {destination: value}."""
@@ -60,6 +65,14 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv: list[str]) -> argparse.Namespace:
         return argparse.Namespace(**{**self.defaults(), **self.typed(argv)})
+
+
+def at_home(value: Any) -> Any:
+    """A path in ~, which shells leave as it is in --out=~/x, where it is meant."""
+    if isinstance(value, Path) or (isinstance(value, str) and value.startswith("~/")):
+        with contextlib.suppress(RuntimeError):  # nobody's home
+            return type(value)(Path(value).expanduser())
+    return value
 
 
 def dashed(word: str) -> str:
@@ -88,26 +101,79 @@ def number(
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, durable: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside `path`, which it becomes when the block ends without error.
 
+    `durable`: not before its content is on the disk, so that no power cut leaves half of it.
     Raises UserError when the folder cannot be made or the file cannot be written (full disk too).
     """
     path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():
-        yield path  # /dev/stdout and the like are written to, never replaced
-        return
-    temporary = path.parent / f".{path.stem}-{secrets.token_hex(4)}{path.suffix}"
+    temporary = beside(path)
+    try:
+        if is_device(path):
+            yield path  # /dev/stdout and the like are written to, never replaced
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with stopping.undone(lambda: remove(temporary)):
+            temporary.touch()
+            yield temporary
+            if durable:
+                to_disk(temporary)
+            replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def is_device(path: Path) -> bool:
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, if it is there and may be deleted."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def to_disk(path: Path) -> None:
+    """Returns when a file's content is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def replace(source: Path, target: Path) -> None:
+    """os.replace; tries again for a moment where Windows has the target open, as a reader does."""
+    for _ in range(5):
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(0.1)
+    return os.replace(source, target)
+
+
+def output(text: str) -> Path:
+    """An argparse type: a file to write. Raises UserError before the work, not after it."""
+    path = at_home(Path(text))
+    if is_device(path):
+        return path
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; name a file")
+    missing = [folder for folder in path.parents if not folder.exists()]
+    temporary = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
-        yield temporary
-        os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        with contextlib.suppress(OSError):  # it has become `path`, or could not be made
-            temporary.unlink()
+        remove(temporary)
+        for folder in missing:
+            with contextlib.suppress(OSError):  # could not be made either
+                folder.rmdir()
+    return path
+
+
+def beside(path: Path) -> Path:
+    """A name for what is to become `path`."""
+    return path.parent / f".{path.stem}-{secrets.token_hex(4)}{path.suffix}"
 
 
 def sweep(path: Path) -> None:
@@ -134,35 +200,55 @@ def warn(message: str) -> None:
     print(f"warning: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Ctrl-C and SIGTERM inside the block raise KeyboardInterrupt(exit code)."""
+def say_unused(typed: dict[str, Any], flags: Iterable[str], reason: str) -> None:
+    """Warns of typed flags that have no effect on this run."""
+    if some := [dashed(f"--{flag}") for flag in flags if flag in typed]:
+        warn(f"no effect on this run: {', '.join(some)} ({reason})")
 
-    def stop(signum: int, _frame: Any) -> None:
-        raise KeyboardInterrupt(128 + signum)
 
-    signals = (signal.SIGINT, signal.SIGTERM)
-    earlier = {signum: signal.signal(signum, stop) for signum in signals}
-    try:
-        yield
-    finally:
-        for signum, handler in earlier.items():
-            signal.signal(signum, handler)
+# What torch, NumPy, oneDNN and C++ say for want of memory.
+NO_MEMORY = (
+    "out of memory|(can't|cannot|unable to) allocate|not enough memory|bad_alloc|alloc_failed|"
+    "could not create a memory"
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the machine, or its GPU, has too little memory."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and bool(re.search(NO_MEMORY, str(error), re.I))
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a script's `main` on the command line's words and leaves with its exit code."""
+    stopping.listen()
+    streams.open_up()
+    try:
+        with stopping.raising():
+            code = ended(main)
+    except KeyboardInterrupt as error:
+        stopping.say()
+        code = stopping.code_of(error)
+    if stopping.state["stopping"]:
+        stopping.end(code or 0)
+    sys.exit(code)
+
+
+def ended(main: Callable[[list[str]], int | None]) -> int | None:
+    """The exit code of `main`; its errors in one line."""
     script = Path(sys.argv[0]).name
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print(f"{script}: stopped", file=sys.stderr)
-        code = 130
     except BrokenPipeError:  # `python evaluate.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    sys.exit(code)
+        return 1
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not out_of_memory(error):
+            raise
+        advice = "close other programs, or give a smaller --image-size or fewer --workers"
+        print(f"{script}: error: out of memory; {advice}", file=sys.stderr)
+    return 2

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sources.pictures import open_picture
+from sources.opening import open_picture
 from support.command import UserError
 from support.finder import Finder, Shelf, terms_of
-from support.hits import check_query
+from support.remarks import check_query
 
 UPLOADS = 12  # uploaded pictures that are remembered
 SIZES = (320, 1024)  # pixels of a picture among others, and alone
@@ -118,14 +118,14 @@ class Desk:
         chosen, remarks, doubt = self.finders[finder], [], ""
         if text or name:
             terms = terms_of(text, files=False) if text else []
-            remarks = [check_query(term.text, chosen.trained) for term in terms]
+            remarks = [line for term in terms for line in check_query(term.text, chosen.trained)]
             query = chosen.embed(terms, self.vector(finder, name) if name else None)
             found = chosen.find(query, k)
             doubt = "" if name else chosen.doubt(terms, found[0][1])
         else:
             found = [(i, None) for i in range(min(k, len(self.shelf.names)))]
         seconds = time.perf_counter() - begun
-        remark = "; ".join(filter(None, remarks))
+        remark = "; ".join(remarks)
         ms = round(1000 * seconds, 1)
         return {"results": self.shown(found), "remark": remark, "doubt": doubt, "ms": ms}
 
@@ -149,10 +149,10 @@ class Desk:
         if not 2 <= len(labels) <= LABELS:
             raise UserError(f"type 2 to {LABELS} different labels, one a line")
         chosen = self.finders[finder]
-        remarks = [check_query(label, chosen.trained) for label in labels]
+        remarks = [line for label in labels for line in check_query(label, chosen.trained)]
         found = chosen.probabilities(self.vector(finder, name), labels).tolist()
         ranked = sorted(zip(labels, found, strict=True), key=lambda pair: -pair[1])
-        return {"labels": ranked, "remark": "; ".join(filter(None, remarks))}
+        return {"labels": ranked, "remark": "; ".join(remarks)}
 
     def why(self, finder: int, name: str, text: str) -> dict[str, Any]:
         """By how much the score falls without each word, and without each place of the picture."""

@@ -7,6 +7,7 @@ import ctypes
 import os
 import sys
 
+import numpy as np
 import torch
 
 from support.command import UserError
@@ -17,6 +18,7 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def choose_device(name: str) -> torch.device:
     """`auto` takes CUDA, then Apple's MPS, then the CPU. Raises UserError for what is missing."""
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    check_numpy()
     if name == "auto":
         name = next((device for device, there in available.items() if there()), "cpu")
     if name in available and not available[name]():
@@ -26,6 +28,15 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_numpy() -> None:
+    """Raises UserError where torch is too old for NumPy: up to 2.2, the last for Intel Macs."""
+    try:
+        torch.zeros(1).numpy()
+    except RuntimeError as error:
+        versions = f"torch {torch.__version__} cannot read NumPy {np.__version__}"
+        raise UserError(f"{versions}: pip install 'numpy<2'") from error
+
+
 def choose_precision(name: str, device: torch.device) -> str:
     """`auto` asks the device; bf16 emulated by a CPU is several times slower than fp32."""
     if name == "fp16" and device.type == "cpu":
@@ -33,10 +44,18 @@ def choose_precision(name: str, device: torch.device) -> str:
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if bf16_in_hardware() else "fp16"
     tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     native = any(getattr(torch.cpu, test, lambda: False)() for test in tests)
     return "bf16" if device.type == "cpu" and native else "fp32"
+
+
+def bf16_in_hardware() -> bool:
+    """Whether a GPU has bf16 (from compute capability 8.0); an emulated one is slower than fp32."""
+    try:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    except TypeError:  # an older torch, which does not count what is emulated
+        return torch.cuda.is_bf16_supported()
 
 
 def keep_memory() -> None:

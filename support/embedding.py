@@ -14,8 +14,9 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from dataset import CaptionedImages, Captions, Pairs, Pixels
+from dataset import CaptionedImages, Captions, Pairs, Pixels, Tokenizer
 from models import CLIP, model_from_checkpoint
+from sources.texts import unknown_to_all
 from support.checkpoint import load_checkpoint
 from support.command import UserError
 from support.device import choose_device
@@ -85,10 +86,13 @@ class Trained(NamedTuple):
         """How far it has learned."""
         return " and ".join(f"epoch {content['epoch']}" for content in self.contents)
 
+    @property
+    def tokenizers(self) -> list[Tokenizer]:
+        return [model.tokenizer for model in self.members]
+
     def unknown(self, text: str) -> list[str]:
         """The words of a text that not one member knows."""
-        first, *others = (model.tokenizer.unknown(text) for model in self.members)
-        return [word for word in first if all(word in unknown for unknown in others)]
+        return unknown_to_all(self.tokenizers, text)
 
     def embed_texts(self, texts: list[str]) -> np.ndarray:
         """Unit-length embeddings (len(texts), D), float32."""
@@ -123,7 +127,6 @@ def load_trained(paths: list[Path], device: str) -> Trained:
 
 
 def trained_on(trained: Trained, dataset: CaptionedImages, rows: np.ndarray) -> np.ndarray:
-    """Which of some images a member was trained on, by name or by content."""
-    images = [part["train_images"] for part in trained.contents]
-    seen = set().union(*(part[key] for part in images for key in ("names", "digests")))
-    return np.array([bool({dataset.names[i], dataset.digests[i]} & seen) for i in rows])
+    """Which of some images a member was trained on, by their content: names are used again."""
+    seen = set().union(*(content["train_images"]["digests"] for content in trained.contents))
+    return np.array([dataset.digests[i] in seen for i in rows])

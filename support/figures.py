@@ -7,21 +7,24 @@ import contextlib
 import textwrap
 import unicodedata
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
+from matplotlib.font_manager import FontEntry, findfont, fontManager, get_font
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from support.command import atomic_write
+from sources.opening import EXTENSIONS
+from support.command import atomic_write, warn
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
 PALETTE = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442"]
 GREEN, RED, GREY, INK = PALETTE[2], PALETTE[3], "#777777", "#222222"
 STYLE = {
-    "font.family": "DejaVu Sans",
+    "font.family": ["DejaVu Sans"],  # and what `find_fonts` adds
     "font.size": 10,
     "axes.titlesize": 11,
     "text.color": INK,
@@ -36,18 +39,82 @@ STYLE = {
     "text.parse_math": False,  # a caption with two $ is no formula
     "text.usetex": False,
 }
-GLYPHS = frozenset(get_font(findfont("DejaVu Sans")).get_charmap())  # comes with matplotlib
+WIDE = "\ue000"  # stands behind a letter that is as wide as two; no font has it
+BOXES = ("last resort", "color emoji")  # fonts of boxes, and of pictures that Agg cannot draw
+
+
+@lru_cache
+def letters_of(file: str) -> frozenset[int]:
+    """The letters that a font file holds; none where it cannot be used."""
+    try:
+        font = get_font(file)
+        return frozenset(font.get_charmap() if font.scalable else ())
+    except (OSError, RuntimeError):
+        return frozenset()
+
+
+DRAWN = {*letters_of(findfont("DejaVu Sans"))}  # by the fonts of STYLE; this comes with matplotlib
+MISSING: set[int] = set()  # no installed font has them
+SAID: set[str] = set()  # the fonts that would
+
+
+def find_fonts(text: str) -> None:
+    """Adds to STYLE the installed fonts that have what DejaVu lacks; says which one to install."""
+    lacking = {*map(ord, text)} - DRAWN - MISSING
+    for font in sorted(fontManager.ttflist, key=preference) if lacking else ():
+        if letters_of(font.fname) & lacking and not any(x in font.name.lower() for x in BOXES):
+            STYLE["font.family"] = [*STYLE["font.family"], font.name]
+            DRAWN.update(letters_of(font.fname))
+            lacking -= DRAWN
+        if not lacking:
+            return
+    MISSING.update(lacking)
+    needed = {font_for(chr(letter)) for letter in lacking} - SAID
+    if needed:
+        shown = "".join(map(chr, sorted(lacking)[:5]))
+        warn(
+            f"letters such as {shown} are drawn as boxes: no installed font has them; install "
+            f"{' and '.join(sorted(needed))}"
+        )
+        SAID.update(needed)
+
+
+def preference(font: FontEntry) -> tuple[bool, ...]:
+    """Sorts plain fonts first, then those without serifs."""
+    plain = font.style == "normal" and font.weight in (400, "normal", "regular")
+    return not plain, "sans" not in font.name.lower(), "cjk" not in font.name.lower()
+
+
+def font_for(letter: str) -> str:
+    """The name of a free font that has a letter."""
+    script, kind = unicodedata.name(letter, "").split(" ")[0], unicodedata.category(letter)
+    if kind[0] == "S":
+        return "Noto Emoji"
+    if unicodedata.east_asian_width(letter) in "WFH":
+        return "Noto Sans CJK (Debian and Ubuntu: fonts-noto-cjk)"
+    return f"Noto Sans {script.title()}".strip()
 
 
 def wrapped(text: str, inches: float, size: float, lines: int = 4) -> list[str]:
     """Breaks `text` into at most `lines` lines, `inches` wide at `size` points; "…" ends a cut."""
-    # No control characters, and a box for what the font lacks: matplotlib would warn of both.
+    # No control characters, and a box for what fonts lack: matplotlib would warn of both.
     printable = (c for c in " ".join(text.split()) if unicodedata.category(c)[0] != "C")
-    plain = "".join(c if ord(c) in GLYPHS else "□" for c in printable)
+    text = unicodedata.normalize("NFC", "".join(printable))
+    find_fonts(text)
+    plain = "".join(c if ord(c) in DRAWN else "□" for c in text)
+    plain = "".join(c + WIDE * (unicodedata.east_asian_width(c) in "WF") for c in plain)
     width = max(8, int(inches * 72 / (0.56 * size)))  # DejaVu's letters are some 0.56 em wide
     if lines == 1:  # cut within a word too: it may be a file's name
-        return [plain if len(plain) <= width else f"{plain[: width - 2]} …"]
-    return textwrap.wrap(plain, width, max_lines=lines, placeholder=" …") or [""]
+        rows = [plain if len(plain) <= width else f"{plain[: width - 2]} …"]
+    else:
+        rows = textwrap.wrap(plain, width, max_lines=lines, placeholder=" …") or [""]
+    return [row.replace(WIDE, "") for row in rows]
+
+
+def fitting(name: str, inches: float, size: float) -> str:
+    """A file's name or a title in one line: of a path that is too long the end."""
+    shown, is_path = wrapped(name, inches, size, 1)[0], Path(name).suffix.lower() in EXTENSIONS
+    return wrapped(name[::-1], inches, size, 1)[0][::-1] if shown[-1:] == "…" and is_path else shown
 
 
 @contextlib.contextmanager
@@ -65,6 +132,9 @@ def canvas(path: Path, width: float, height: float, title: str, footer: str) -> 
         figure.text(x, 1 - 0.1 / total, "\n".join(titles), va="top", size=12)
         figure.text(x, 0.08 / total, "\n".join(notes), va="bottom", size=8, color=GREY)
         yield figure, below
+        for text in figure.findobj(Text):  # fonts may have been found since it was made
+            text.set_fontfamily(STYLE["font.family"])
+        matplotlib.rcParams["font.family"] = STYLE["font.family"]
         with atomic_write(path) as temporary:  # Agg cannot draw 65,536 pixels or more
             figure.savefig(temporary, format="png", dpi=min(120, 30_000 / max(width, total)))
 

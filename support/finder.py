@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sources.pictures import EXTENSIONS, decode
+from sources.opening import EXTENSIONS
+from sources.pictures import decode
 from support.command import UserError
 from support.embedding import Trained, side_by_side
 from support.hits import top_k

@@ -1,4 +1,4 @@
-"""What a query finds among embeddings: the best scores, ties by position; queries checked first.
+"""What a query finds among embeddings: the best scores, ties by position.
 
 visualize.py draws the hits, search.py prints them and shows them on its page.
 """
@@ -6,14 +6,9 @@ visualize.py draws the hits, search.py prints them and shows them on its page.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-
-from support.command import UserError, warn
-
-if TYPE_CHECKING:
-    from support.embedding import Trained
 
 
 def cosine(queries: np.ndarray, pool: np.ndarray) -> np.ndarray:
@@ -47,30 +42,3 @@ def find(
         best = true[top_k(scores[list(true)], 1)[0]]
         hits.append(Hit(rank, best, scores[best], True))
     return hits
-
-
-def check_query(query: str, trained: Trained) -> str:
-    """What to know of a text that the model understands in part, "" of one that it understands.
-
-    Raises UserError for one that it cannot understand.
-    """
-    words = [w for w in trained.members[0].tokenizer.words(query) if any(map(str.isalnum, w))]
-    if not words:
-        raise UserError(f"{query!r} holds no word; describe a picture")
-    strange = trained.unknown(query)
-    unknown = [word for word in words if word in strange]
-    remark = f"{query!r}: {', '.join(unknown)} never stood in the training captions"
-    if len(unknown) == len(words):
-        raise UserError(f"{remark} (or too seldom); use other words")
-    return f"{remark} (or too seldom); the rest of the query decides" if unknown else ""
-
-
-def check_queries(queries: list[str], trained: Trained) -> None:
-    """Raises UserError for a --query that the model cannot understand, warns of one in part."""
-    for query in queries:
-        try:
-            remark = check_query(query, trained)
-        except UserError as error:
-            raise UserError(f"--query {error}") from error
-        if remark:
-            warn(f"--query {remark}")

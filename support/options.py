@@ -24,6 +24,8 @@ PER_DATA = {  # flag -> its default for `shapes`, for photographs
 }
 CAPTIONS_CONTRADICT = ("image_augment", "test_mirror", "map_crop")  # in a recipe, for `shapes`
 OF_THE_MACHINE = ("resume", "cache", "out", "device")  # not of the run: no checkpoint keeps them
+OF_RECIPES = {"cache", "data", "device", "precision", "workers"}  # of each run of a recipe
+MAY_CHANGE = {*OF_THE_MACHINE, *OF_RECIPES, "epochs"}  # in a resume; the data's content decides
 ALL = 1000  # more blocks than any tower has
 
 
@@ -121,3 +123,13 @@ def checkpoint_in(place: str | Path) -> Path:
 def config_of(options: Namespace) -> dict[str, Any]:
     """What a checkpoint keeps of the options."""
     return {flag: x for flag, x in vars(options).items() if flag not in OF_THE_MACHINE}
+
+
+def same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether `other` is a later checkpoint of the run of `one`, whatever it was resumed with."""
+    configs = [
+        {flag: x for flag, x in content["config"].items() if flag not in MAY_CHANGE}
+        for content in (one, other)
+    ]
+    known = one["history"]
+    return configs[0] == configs[1] and other["history"][: len(known)] == known

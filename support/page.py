@@ -81,13 +81,9 @@ def guard(app: Flask, port: int) -> None:
         return jsonify(error="there is no such picture, or no longer"), 404
 
 
-def make_app(shelf: Shelf, finders: list[Finder], port: int) -> Flask:
-    """The application; it answers requests to 127.0.0.1:`port` alone."""
-    from flask import Flask, Response, abort, jsonify, request
-
-    app, desk, run_id = Flask("search", static_folder=None), Desk(shelf, finders), token_hex(4)
-    app.config["MAX_CONTENT_LENGTH"] = UPLOAD
-    guard(app, port)
+def answer_questions(app: Flask, desk: Desk) -> None:
+    """What is asked of the models: a search, a picture's captions, labels, what matters."""
+    from flask import jsonify, request
 
     def asked(name: str, most: int = TEXT) -> str:
         """A parameter of the request. Raises UserError when it is too long."""
@@ -97,23 +93,9 @@ def make_app(shelf: Shelf, finders: list[Finder], port: int) -> Flask:
 
     def finder() -> int:
         """The number of the models asked for. Raises UserError."""
-        if (number := asked("model") or "0") not in map(str, range(len(finders))):
-            raise UserError(f"model {number} is none of 0 to {len(finders) - 1}")
+        if (number := asked("model") or "0") not in map(str, range(len(desk.finders))):
+            raise UserError(f"model {number} is none of 0 to {len(desk.finders) - 1}")
         return int(number)
-
-    @app.get("/")
-    def page() -> Response:
-        nonce = token_hex(16)
-        text = PAGE.read_text("utf-8").replace("{{nonce}}", nonce)
-        policy = {"Content-Security-Policy": POLICY.format(nonce)}
-        return Response(text, mimetype="text/html", headers=policy)
-
-    @app.get("/api/start")
-    def start() -> Response:
-        models = [finder.name for finder in finders]
-        return jsonify(
-            title=readable(shelf.title), count=len(shelf.names), models=models, run=run_id
-        )
 
     @app.get("/api/search")
     def search() -> Response:
@@ -137,6 +119,30 @@ def make_app(shelf: Shelf, finders: list[Finder], port: int) -> Flask:
     def why() -> Response:
         question = partial(desk.why, finder(), asked("picture"), asked("text"))
         return jsonify(desk.slow.submit(question).result())
+
+
+def make_app(shelf: Shelf, finders: list[Finder], port: int) -> Flask:
+    """The application; it answers requests to 127.0.0.1:`port` alone."""
+    from flask import Flask, Response, abort, jsonify, request
+
+    app, desk, run_id = Flask("search", static_folder=None), Desk(shelf, finders), token_hex(4)
+    app.config["MAX_CONTENT_LENGTH"] = UPLOAD
+    guard(app, port)
+    answer_questions(app, desk)
+
+    @app.get("/")
+    def page() -> Response:
+        nonce = token_hex(16)
+        text = PAGE.read_text("utf-8").replace("{{nonce}}", nonce)
+        policy = {"Content-Security-Policy": POLICY.format(nonce)}
+        return Response(text, mimetype="text/html", headers=policy)
+
+    @app.get("/api/start")
+    def start() -> Response:
+        models = [finder.name for finder in finders]
+        return jsonify(
+            title=readable(shelf.title), count=len(shelf.names), models=models, run=run_id
+        )
 
     @app.post("/api/upload")
     def upload() -> Response:

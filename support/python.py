@@ -1,6 +1,7 @@
 """The first import of every script: a Python that is too old ends here, in one line.
 
-Written for Python 2.7 and later, so that an old one reads it at all.
+From here on a script also ends in one line when it is stopped, be it amid the next imports (see
+stopping.py). Written for Python 2.7 and later, so that an old one reads it at all.
 """
 
 import sys
@@ -11,3 +12,8 @@ if sys.version_info < (3, 10):
         "conda create -n mini-clip python=3.11 && conda activate mini-clip\n" % sys.version_info[:2]
     )
     sys.exit(2)
+
+from support import stopping
+
+if stopping.in_a_script():
+    stopping.listen()

@@ -1,4 +1,4 @@
-"""What evaluate.py prints and writes: the protocol, the table, JSON, CSV, plain arrays.
+"""Files of what evaluate.py found: JSON, CSV, plain arrays.
 
 evaluate.py and report/ hand in their figures; nothing is measured here.
 """
@@ -17,62 +17,8 @@ import numpy as np
 from support.command import UserError, atomic_write
 
 if TYPE_CHECKING:
-    from dataset import CaptionedImages, Pairs
+    from dataset import CaptionedImages
     from evaluate import Embedded
-
-
-KS = (1, 5, 10)
-
-
-def protocol_of(dataset: CaptionedImages, pairs: Pairs) -> dict[str, Any]:
-    """What a figure must be read with: pool sizes, the split and how ranks are counted."""
-    per_image = np.bincount(pairs.caption_image)
-    return {
-        "data": dataset.path,
-        "split": pairs.name,
-        "splits": dataset.splits,
-        "split_by_caption": dataset.by_caption,
-        "images": len(pairs.rows),
-        "captions": len(pairs),
-        "captions_per_image": [int(per_image.min()), int(per_image.max())],
-        "i2t": "rank of the best of the image's captions among all captions",
-        "t2i": "rank of the caption's image among all images",
-        "ties": "lost",
-        "interval": "95%, bootstrap over images, 1000 resamples",
-        "fingerprint": dataset.fingerprint,
-    }
-
-
-def protocol_line(protocol: dict[str, Any]) -> str:
-    low, high = protocol["captions_per_image"]
-    each = f"{low}" if low == high else f"{low} to {high}"
-    line = (
-        f"protocol: {protocol['images']:,} images x {each} captions = {protocol['captions']:,}, "
-        f"{protocol['splits']} {protocol['split']} split; i2t counts the best of an image's "
-        "captions; ties lose; percent; ranks from 1; 95% bootstrap intervals over images"
-    )
-    if protocol["split_by_caption"]:
-        line += "; WARNING: the split is by caption, test images were trained on"
-    return line
-
-
-def metrics_table(metrics: dict[str, float], intervals: dict[str, list[float]]) -> str:
-    """The figures as lines of text."""
-
-    def cell(key: str) -> str:
-        low, high = intervals[key]
-        return f"{metrics[key]:5.1f} [{low:4.1f}, {high:4.1f}]"
-
-    lines = [f"{'':6}" + "".join(f"{f'R@{k}':<20}" for k in KS) + f"{'medr':>8}{'meanr':>9}"]
-    for way in ("i2t", "t2i"):
-        cells = "".join(f"{cell(f'{way}_r{k}'):<20}" for k in KS)
-        ranks = f"{metrics[f'{way}_medr']:8.1f}{metrics[f'{way}_meanr']:9.1f}"
-        lines.append(f"{way:6}{cells}{ranks}")
-    lines.append(
-        f"rsum {cell('rsum')}, mean recall {cell('mean_recall')}; top-1 of N x N, one caption an "
-        f"image: i2t {metrics['top1_i2t']:.1f}, t2i {metrics['top1_t2i']:.1f}"
-    )
-    return "\n".join(lines)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,153 +1,54 @@
-"""Runs as folders: recipes of several, folders that belong to one run, resuming, interruptions.
+"""Around a run: its data and model, its files, its end, and memory that does not suffice.
 
-train.py calls these around its loop; a recipe is a list of runs, so resuming one is the same list.
+train.py calls these around its loop; support/recipes.py goes through lists of runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
-import re
-import shlex
-import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from tqdm import tqdm
+from typing import Any
 
 from dataset import CaptionedImages, Tokenizer, image_transform, load_dataset
 from models import CLIP, TEXT_TOWERS, build_model, model_from_checkpoint
-from support.checkpoint import fill_from, load_checkpoint, save_checkpoint
-from support.command import HERE, Parser, UserError, atomic_write, dashed, later, sweep, warn
-from support.options import OF_THE_MACHINE, checkpoint_in, resolve, suited
-
-if TYPE_CHECKING:
-    from train import Run
-
-RECIPES = HERE / "recipes"
-MAY_CHANGE = {*OF_THE_MACHINE, "workers", "epochs"}  # when a run is resumed
-Recipe = list[tuple[str, list[str]]]  # its runs: (name, words as typed)
-
-# --------------------------------------------------------------------------------- recipes
-
-
-def read_recipe(name: str) -> Recipe:
-    """The runs of recipes/NAME.txt, or of a file. Raises UserError.
-
-    A run a line, `name: --flag value ...`; a line that ends in a backslash goes on; # is a comment.
-    """
-    path = RECIPES / f"{name}.txt"
-    path = path if path.is_file() else Path(name)
-    try:
-        lines = map(str.strip, path.read_text("utf-8").replace("\\\n", " ").split("\n"))
-        parts = [line.partition(":") for line in lines if line and line[0] != "#"]
-        runs = [(run.strip(), shlex.split(words)) for run, _, words in parts]
-    except (OSError, ValueError) as error:
-        known = ", ".join(sorted(found.stem for found in RECIPES.glob("*.txt")))
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--recipe {name}: {reason}; give one of {known}, or a file") from error
-    named = all(re.fullmatch(r"[\w-]+", run) for run, _ in runs)
-    if not runs or not named or len(dict(runs)) < len(runs):
-        line = "`name: --flag value ...`"
-        raise UserError(f"--recipe {name}: {path} needs a run a line, each {line}")
-    return runs
-
-
-def as_words(typed: dict[str, Any]) -> list[str]:
-    """Flags as they would be typed."""
-    words = []
-    for flag, value in typed.items():
-        if isinstance(value, bool):
-            words.append(dashed(f"--{flag}" if value else f"--no_{flag}"))
-        else:
-            words += [dashed(f"--{flag}"), str(value)]
-    return words
-
-
-def run_recipe(
-    runs: Recipe, out: Path, parser: Parser, typed: dict[str, Any], train: Callable[..., int]
-) -> int:
-    """Goes through a recipe's runs; a finished one is skipped, one that was stopped goes on.
-
-    A run whose --init names an earlier run of the recipe starts from its best checkpoint. What no
-    other run starts from stands side by side in out/best.pt.
-    """
-    if not (out / "recipe.txt").is_file():
-        said = {flag: x for flag, x in typed.items() if flag not in OF_THE_MACHINE}
-        for place, (name, words) in enumerate(runs):
-            flags = parser.typed(words)
-            flags = {"data": parser.defaults()["data"], **suited(flags, said), **said}
-            if flags["data"] != "shapes":  # from wherever it is resumed
-                flags["data"] = str(Path(flags["data"]).resolve())
-            runs[place] = name, as_words(flags)
-        with atomic_write(out / "recipe.txt") as temporary:
-            lines = [f"{name}: {shlex.join(words)}\n" for name, words in runs]
-            temporary.write_text("".join(lines), "utf-8")
-    machine = {flag: x for flag, x in typed.items() if flag in ("cache", "device", "workers")}
-    for folder in (out, *(out / name for name, _ in runs)):
-        sweep_run(folder)
-    begun = set()  # runs that others start from
-    for place, (name, words) in enumerate(runs, 1):
-        print(f"run {place} of {len(runs)}: {name}", flush=True)
-        flags, earlier = {**parser.typed(words), **machine}, None
-        if flags.get("init") in dict(runs):
-            begun.add(flags["init"])
-            flags["init"] = str(out / flags["init"])
-        if (out / name / "last.pt").is_file():
-            options, earlier = resumed(out / name, machine, parser)
-        else:
-            options = resolve(parser, flags, {})
-        if code := train(options, out / name, earlier, out):
-            return code
-    members = [name for name, _ in runs if name not in begun]
-    contents = [load_checkpoint(out / name / "best.pt") for name in members]
-    save_checkpoint(out / "best.pt", {"members": contents} if members[1:] else contents[0])
-    print(f"wrote {out / 'best.pt'} ({' side by side with '.join(members)})")
-    return 0
-
-
-def go_on(typed: dict[str, Any], parser: Parser, train: Callable[..., int]) -> int:
-    """--resume: the run, or the recipe, in a folder goes on. Raises UserError."""
-    if not typed["resume"] and "out" not in typed:
-        raise UserError("--resume needs the run's folder: --resume checkpoints/NAME")
-    out = Path(typed["resume"] or typed["out"])
-    if not (out / "recipe.txt").is_file():
-        options, earlier = resumed(out, typed, parser)
-        return train(options, options.out, earlier, options.out)
-    if kept := typed.keys() - {*OF_THE_MACHINE, "workers"}:
-        flags = ", ".join(dashed(f"--{flag}") for flag in sorted(kept))
-        raise UserError(f"--resume: the runs of a recipe keep their {flags}; leave it out")
-    return run_recipe(read_recipe(str(out / "recipe.txt")), out, parser, typed, train)
-
+from support.checkpoint import fill_from, load_checkpoint
+from support.command import UserError, atomic_write, later, out_of_memory, warn
+from support.options import checkpoint_in
 
 # ---------------------------------------------------------------------------- a run's folder
 
 
-def new_folder(typed: dict[str, Any], parser: Parser) -> Path:
-    """The folder of a new run: --out, or one named after the data and the time.
-
-    Refuses, before any work is done, one that holds a run or cannot be a folder.
-    """
-    data = Path(typed.get("data", parser.defaults()["data"])).name.lower()
-    out = typed.get("out") or Path("checkpoints") / f"{data}-{time.strftime('%Y%m%d-%H%M%S')}"
-    held = [n for n in ("last.pt", "best.pt", "history.csv", "recipe.txt") if (out / n).exists()]
-    if held:
-        raise UserError(f"{out} already holds a run ({held[0]}); use --resume, or another --out")
-    if any(place.exists() and not place.is_dir() for place in (out, *out.parents)):
-        raise UserError(f"--out {out} is, or lies in, a file; give a folder")
-    return out
-
-
 def write_history(out: Path, history: list[dict[str, float]], footer: str) -> None:
-    """Writes history.csv and draws curves.png."""
-    path = out / "history.csv"
-    with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(history[0]))
-        writer.writeheader()
-        writer.writerows(history)
-    later("support.figures", "draw_curves")(history, out / "curves.png", footer)
+    """Writes history.csv and draws curves.png; one that another program has open stays as it is."""
+
+    def write_table(path: Path) -> None:
+        with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(history[0]))
+            writer.writeheader()
+            writer.writerows(history)
+
+    def draw(path: Path) -> None:
+        later("support.figures", "draw_curves")(history, path, footer)
+
+    for path, write in ((out / "history.csv", write_table), (out / "curves.png", draw)):
+        try:
+            write(path)
+        except UserError as error:
+            if not isinstance(error.__cause__, PermissionError):
+                raise
+            warn(f"{error}; is it open elsewhere? The next epoch, or --resume, tries again")
+
+
+def complete(out: Path, home: Path, earlier: dict[str, Any]) -> int:
+    """What there is to do for a finished run: it may have been stopped before its last file."""
+    write_history(out, earlier["history"], earlier.get("origin", ""))
+    further = "; --epochs N goes further" if home == out else ""
+    print(f"{out}: this run is finished after {earlier['epoch']} epochs{further}")
+    return 0
 
 
 def write_config(path: Path, config: dict[str, Any]) -> None:
@@ -155,77 +56,21 @@ def write_config(path: Path, config: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
-def resumed(place: Path, typed: dict[str, Any], parser: Parser) -> tuple[Namespace, dict[str, Any]]:
-    """The options and the checkpoint of the run in a folder, or of a last.pt. Raises UserError."""
-    path = place / "last.pt" if place.is_dir() else place
-    if not path.is_file():
-        raise UserError(f"--resume: there is no {path}; no epoch of that run was finished")
-    content = load_checkpoint(path)
-    if "config" not in content:
-        raise UserError(f"--resume: {path} holds several models; give the recipe's folder")
-    config = {**parser.defaults(), **content["config"]}  # some flags are younger than it
-    wanted = vars(resolve(parser, typed, {**config, "init": None}))
-    for flag in typed.keys() - MAY_CHANGE:
-        if wanted[flag] != config[flag]:
-            raise UserError(
-                f"{dashed('--' + flag)} {typed[flag]} differs from the run's {config[flag]}; "
-                "leave it out, or start a new run with another --out"
-            )
-    sweep_run(path.parent)
-    changed = {flag: x for flag, x in typed.items() if flag in MAY_CHANGE}
-    return Namespace(**{**config, **changed, "out": path.parent}), content
-
-
-def sweep_run(folder: Path) -> None:
-    """Deletes what killed processes left half written in a run's folder, or in a recipe's."""
-    for name in ("last.pt", "best.pt", "history.csv", "curves.png", "config.json", "recipe.txt"):
-        sweep(folder / name)
-
-
-def say_stopped(out: Path, home: Path) -> None:
-    """How a stopped run goes on."""
-    saved = (out / "last.pt").exists() or home != out
-    go_on = f"go on from the last whole epoch: python train.py --resume {home}"
-    warn(f"stopped; {go_on if saved else 'no epoch was finished'}")
-
-
-# ------------------------------------------------------------------- what a run says of itself
-
-COLUMNS = {  # of the table on the screen: key -> (title, format)
-    "epoch": ("epoch", "{:5d}"),
-    "train_loss": ("loss", "{:7.3f}"),
-    "dev_loss": ("dev loss", "{:8.3f}"),
-    "top1_i2t": ("top1 i2t", "{:8.1f}"),
-    "top1_t2i": ("t2i", "{:5.1f}"),
-    "i2t_r1": ("i2t R@1", "{:7.1f}"),
-    "i2t_r5": ("R@5", "{:5.1f}"),
-    "i2t_r10": ("R@10", "{:5.1f}"),
-    "i2t_medr": ("medr", "{:5.0f}"),
-    "t2i_r1": ("t2i R@1", "{:7.1f}"),
-    "t2i_r5": ("R@5", "{:5.1f}"),
-    "t2i_r10": ("R@10", "{:5.1f}"),
-    "t2i_medr": ("medr", "{:5.0f}"),
-    "mean_recall": ("mean", "{:5.1f}"),
-    "logit_scale": ("scale", "{:5.1f}"),
-    "images_per_second": ("img/s", "{:6.0f}"),
-    "seconds": ("s", "{:5.0f}"),
-    "minutes": ("min", "{:6.1f}"),  # since the run began, its preparation included
-}
-
-
-def table_head() -> str:
-    return " ".join(title.rjust(len(form.format(0))) for title, form in COLUMNS.values())
-
-
-def table_line(record: dict[str, float]) -> str:
-    cells = ((form.format(record[key]), len(title)) for key, (title, form) in COLUMNS.items())
-    return " ".join(cell.rjust(width) for cell, width in cells)
-
-
-def say_duration(seconds: float, epochs: int) -> None:
-    """How long a run will take, after its first steps."""
-    minutes = f"{seconds * epochs / 60:.1f} min for {epochs}"
-    tqdm.write(f"about {seconds:.0f} s an epoch, {minutes}, besides what measuring dev takes")
+@contextlib.contextmanager
+def fitting(options: Namespace) -> Iterator[None]:
+    """Too little memory, of the machine or its GPU, in one line."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not out_of_memory(error):
+            raise
+        what = f"--batch-size {options.batch_size} at --image-size {options.image_size}"
+        each = f" with --captions-per-image {options.captions_per_image}"
+        each = each if options.captions_per_image > 1 else ""
+        raise UserError(
+            f"out of memory: {what}{each} does not fit; lower one of them, or take a smaller "
+            "tower; what was saved last is intact"
+        ) from error
 
 
 def is_finished(history: list[dict[str, float]], options: Namespace) -> bool:
@@ -243,12 +88,23 @@ def read_data(options: Namespace, earlier: dict[str, Any] | None) -> CaptionedIm
     """The data of a run, and a line about it. Raises UserError when it has changed since."""
     size = image_transform(options)["stored_size"]
     place = options.splits, size, options.cache, options.workers, options.titles
-    dataset = load_dataset(options.data, *place)
+    try:
+        dataset = load_dataset(options.data, *place)
+    except UserError as error:
+        if not earlier or Path(options.data).exists():
+            raise
+        hint = "if it has moved: --resume ... --data PATH"
+        raise UserError(f"the run's data {options.data} is not there; {hint}") from error
     print(dataset.summary())
+    if options.titles != "hide" and not dataset.records:
+        warn(f"no effect on this run: --titles {options.titles} (the data are no films)")
     if earlier and dataset.fingerprint != earlier["fingerprint"]:
+        what = "--resume: the data has changed since"
+        if options.data != earlier["config"]["data"]:
+            what = f"--data {options.data} differs from the run's data"
         raise UserError(
-            f"--resume: the data has changed since (fingerprint {dataset.fingerprint}, the run's "
-            f"is {earlier['fingerprint']}); put it back, or start a new run"
+            f"{what} (fingerprint {dataset.fingerprint}, the run's is {earlier['fingerprint']}); "
+            "give the run's own, or start a new run"
         )
     return dataset
 
@@ -279,22 +135,3 @@ def model_of(options: Namespace, dataset: CaptionedImages, earlier: dict[str, An
     if init:
         fill_from(model, init, options.init)
     return model
-
-
-def describe(run: Run, options: Namespace) -> str:
-    """The line before the table: towers, sizes, precision and what chance would give."""
-    model, learner, pairs = run.model, run.learner, run.pairs
-    weights = sum(weight.numel() for weight in model.parameters())
-    learned = sum(weight.numel() for weight in learner.parameters() if weight.requires_grad)
-    images, tokenizer = len(pairs["train"].rows), model.tokenizer
-    tokenizer.cut = 0
-    for split in ("train", "dev"):
-        tokenizer(pairs[split].captions)  # counts those that are cut
-    return (
-        f"model: {options.image_tower} at {options.image_size} px and {options.text_tower}, "
-        f"{weights:,} weights of which {learned:,} learn; "
-        f"vocabulary {len(tokenizer.vocabulary):,} words, {tokenizer.cut:,} captions cut to "
-        f"{tokenizer.max_tokens} tokens; {options.precision} on {model.device}; "
-        f"{images:,} images in {len(pairs['train'].sampler(options)):,} batches; "
-        f"chance on dev: R@1 {100 / len(pairs['dev'].rows):.2f}%"
-    )

@@ -7,6 +7,8 @@ import warnings
 
 import numpy as np
 
+from sources.texts import COUNTED
+
 COLOURS = "black white red blue green yellow brown orange pink purple gray grey tan blond blonde"
 
 
@@ -16,7 +18,7 @@ def topics(texts: list[str], seed: int, most: int = 8) -> tuple[np.ndarray, list
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 
     ignored = sorted({*ENGLISH_STOP_WORDS, *COLOURS.split()})
-    words = TfidfVectorizer(stop_words=ignored, token_pattern=r"[^\W\d_]{2,}", sublinear_tf=True)
+    words = TfidfVectorizer(stop_words=ignored, token_pattern=COUNTED, sublinear_tf=True)
     try:
         table = words.fit_transform(texts)
     except ValueError:  # no word is left: "empty vocabulary"

@@ -5,29 +5,43 @@ evaluate.py --zero-shot prints what `zero_shot` finds; visualize.py draws it and
 
 import re
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sources.pictures import EXTENSIONS, decode_all
+from sources.names import walk_files
+from sources.opening import EXTENSIONS
+from sources.pictures import decode_all
+from sources.texts import clean_text
 from support.command import UserError, warn
 from support.embedding import Trained
 from support.figures import canvas, wrapped
 
+BLOCK = 100  # pictures that are held decoded at once
+
 
 def find_pictures(folder: Path) -> list[Path]:
-    """The pictures in a folder and its subfolders, hidden ones aside. Raises UserError."""
+    """The pictures in a folder and below, behind links too, hidden ones aside. Raises UserError.
+
+    A warning counts what else lies there, by kind.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give one with pictures in it")
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in EXTENSIONS
-        and not any(part[0] == "." for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+    found, others = [], Counter()
+    for path in walk_files(folder):
+        if path.suffix.lower() in EXTENSIONS:
+            found.append(path)
+        else:
+            others[path.suffix.lower() or "without extension"] += 1
+    if others:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common())
+        heic = "; .heic needs pip install pillow-heif" if {".heic", ".heif"} & {*others} else ""
+        warn(f"{folder}: files that are not read as pictures are left out: {kinds}{heic}")
+    return sorted(found)
 
 
 def embed_pictures(
@@ -35,25 +49,30 @@ def embed_pictures(
 ) -> tuple[np.ndarray, list[Path]]:
     """Decodes and embeds picture files: (embeddings (N, D), the N paths that could be read).
 
-    Unreadable ones are counted in a warning; raises UserError when none can be read.
+    Only a block of them is held at a time. Unreadable ones are counted in a warning; raises
+    UserError when none can be read.
     """
     sizes = sorted({member.transform["stored_size"] for member in trained.members})
-    columns = [list(decode_all(paths, size, workers)) for size in sizes]
-    kept, rows, failed = [], [], []
-    for path, *decoded in zip(paths, *columns, strict=True):
-        if reasons := [reason for pixels, reason in decoded if pixels is None]:
-            failed.append(f"{path.name}: {reasons[0]}")
-        else:
-            kept.append(path)
-            rows.append([pixels for pixels, _ in decoded])
+    decoded = zip(paths, *(decode_all(paths, size, workers) for size in sizes), strict=True)
+    parts, kept, failed = [], [], []
+    while block := list(islice(decoded, BLOCK)):
+        rows = []
+        for path, *of_sizes in block:
+            if reasons := [reason for pixels, reason in of_sizes if pixels is None]:
+                failed.append(f"{path.name}: {reasons[0]}")
+            else:
+                kept.append(path)
+                rows.append([pixels for pixels, _ in of_sizes])
+        if rows:
+            pixels_of = dict(zip(sizes, map(np.stack, zip(*rows, strict=True)), strict=True))
+            parts.append(trained.embed_pixels(pixels_of.__getitem__))
     if failed:
         warn(f"{len(failed):,} of {len(paths):,} pictures cannot be read ({'; '.join(failed[:3])})")
     if not kept:
         raise UserError("not one of the pictures can be read")
     if trained.options.poster_text:
         warn("this model reads the words on pictures of its data; those on these are not read")
-    pixels_of = dict(zip(sizes, map(np.stack, zip(*rows, strict=True)), strict=True))
-    return trained.embed_pixels(pixels_of.__getitem__), kept
+    return np.concatenate(parts), kept
 
 
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a {}.", "there is a {} in the picture.")
@@ -105,26 +124,76 @@ def class_embeddings(trained: Trained, classes: list[str], templates: Sequence[s
     return means / np.linalg.norm(means, axis=1, keepdims=True).clip(1e-12)
 
 
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+WORDNET_ID = re.compile(r"n\d{8}(?!\d)")
+# HappyDog -> Happy Dog, TVSet -> TV Set
+HUMP = re.compile(r"(?<=[a-zß-öø-ÿ0-9])(?=[A-ZÀ-ÖØ-Þ])|(?<=[A-ZÀ-ÖØ-Þ])(?=[A-ZÀ-ÖØ-Þ][a-zß-öø-ÿ])")
+
+
+def parted(name: str, numbered: bool) -> str:
+    """A folder's name as words: `001.HappyDog_small` -> happy dog small.
+
+    numbered: all folders' names begin with numbers, which are then no part of the name.
+    """
+    number = r"\d+[\s._-]+(?=.)" if numbered else r"\d+\.\s*(?=\D)"
+    name = re.sub(rf"^(?:{WORDNET_ID.pattern}|{number})", "", clean_text(name))
+    return " ".join(re.split(r"[_\-\s]+", HUMP.sub(" ", name))).strip().lower()
+
+
 def class_names(folders: list[Path], trained: Trained) -> list[str]:
-    """The names of class folders as they go into a prompt. Raises UserError for equal ones."""
-    classes = [re.sub(r"[_\-\s]+", " ", folder.name).strip().lower() for folder in folders]
+    """The names of class folders as they go into a prompt. Raises UserError for equal ones.
+
+    What the model cannot know of them is said.
+    """
+    numbered = all(re.match(r"\d+[\s._-]+\D", folder.name) for folder in folders)
+    classes = [parted(folder.name, numbered) or folder.name.lower() for folder in folders]
+    place = folders[0].parent
     if twice := {name for name in classes if classes.count(name) > 1}:
-        place = folders[0].parent
         raise UserError(f"{place} has two class folders for {', '.join(sorted(twice))}; join them")
-    for name in classes:
-        if unknown := trained.unknown(name):
-            warn(f"class {name!r}: {', '.join(unknown)} never stood in the training captions")
+    if ids := [name for name in classes if WORDNET_ID.fullmatch(name)]:
+        warn(
+            f"{len(ids):,} class folders are named by WordNet ids ({', '.join(ids[:3])}), which "
+            "are no words of any caption; name them by words, such as tench"
+        )
+    unknown = {name: trained.unknown(name) for name in classes if name not in ids}
+    unknown = {name: words for name, words in unknown.items() if words}
+    if len(unknown) > 5:  # one line, not a thousand
+        some = ", ".join(repr(name) for name in [*unknown][:3])
+        count = f"{len(unknown):,} of {len(classes):,} class names"
+        warn(f"{count} hold words that never stood in the training captions: {some} ...")
+    else:
+        for name, words in unknown.items():
+            warn(f"class {name!r}: {', '.join(words)} never stood in the training captions")
     return classes
+
+
+def class_folders(folder: Path, holders: list[Path]) -> Path:
+    """Where the class folders lie: in `folder`, or below its only one that is named as a split.
+
+    holders: its folders with pictures. Raises UserError where there are several such.
+    """
+    splits = [place for place in holders if place.name.lower() in SPLITS]
+    nested = [place for place in splits if any(path.is_dir() for path in place.iterdir())]
+    if len(nested) > 1 or (len(splits) > 1 and splits == holders):
+        names = ", ".join(place.name for place in splits)
+        raise UserError(f"{folder} holds {names}, which are no classes; give one: {splits[-1]}")
+    if not nested or nested != holders:
+        return folder
+    print(f"the class folders are those in {nested[0]}")
+    return nested[0]
 
 
 def zero_shot(trained: Trained, options: Namespace) -> ZeroShot:
     """Classifies the pictures in options.zero_shot's folders by their names. Raises UserError."""
     folder = options.zero_shot
     templates = read_templates(options.templates) if options.templates else TEMPLATES
-    if not find_pictures(folder):
+    if not (pictures := find_pictures(folder)):
         raise UserError(f"{folder} holds no picture; it needs a folder of pictures for each class")
+    holders = sorted({folder / path.relative_to(folder).parts[0] for path in pictures})
+    folder = class_folders(folder, [place for place in holders if place.is_dir()])
     inner = sorted(place for place in folder.iterdir() if place.is_dir() and place.name[0] != ".")
-    folder_of = {path: place for place in inner for path in find_pictures(place)}
+    folder_of = {path: folder / path.relative_to(folder).parts[0] for path in pictures}
+    folder_of = {path: place for path, place in folder_of.items() if place != path}
     too_few = UserError(f"{folder} needs two class folders with readable pictures or more")
     if len({*folder_of.values()}) < 2:
         raise too_few

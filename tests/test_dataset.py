@@ -193,7 +193,7 @@ def small_pairs(counts: list[int] = COUNTS) -> Pairs:
 def shown(split: Pairs, epoch: int, flags: Namespace) -> list[tuple[list[int], list[list[int]]]]:
     """(images, captions of each) of every batch, read from what the model would be given."""
     found = []
-    for pixels, tokens, ids in split.batches(epoch, flags, CPU):
+    for pixels, tokens, ids, _ in split.batches(epoch, flags, CPU):
         rows = (pixels[:, 0, 0, 0] * 255).round().int()
         assert ids.tolist() == rows.repeat_interleave(len(ids) // len(rows)).tolist()
         images = ((rows - 1) // 3).tolist()
@@ -223,7 +223,7 @@ def test_an_epoch_shows_every_image_once(batch_size, count, largest, each):
 
 
 def test_batches_hold_images_and_tokens_as_promised():
-    for images, tokens, ids in small_pairs().batches(1, options(4, 2, image_size=3), CPU):
+    for images, tokens, ids, _ in small_pairs().batches(1, options(4, 2, image_size=3), CPU):
         assert images.dtype == torch.float32 and images.shape[1:] == (3, 3, 3)
         assert images.min() >= 0 and images.max() <= 1
         assert tokens.dtype == torch.int64 and len(tokens) == len(ids) == 2 * len(images)
@@ -285,7 +285,7 @@ def test_augmentation_is_drawn_anew_in_every_epoch(photo_data, load):
         """In the order of their rows."""
         flags = options(8, image_size=8, image_augment="strong", seed=seed)
         batches = list(split.batches(epoch, flags, CPU))
-        order = torch.cat([ids for *_, ids in batches]).argsort()
+        order = torch.cat([ids for *_, ids, _ in batches]).argsort()
         return torch.cat([images for images, *_ in batches])[order]
 
     first = images(1)
@@ -340,8 +340,8 @@ def test_a_real_folder_in_batches(photo_data, load):
     split, texts = data.pairs("train"), captions_by_image(data)
     flags = options(8, image_size=8, workers=1)
     batches = list(split.batches(1, flags, CPU))
-    assert sorted(torch.cat([ids for *_, ids in batches]).tolist()) == split.rows.tolist()
-    for images, tokens, ids in batches:
+    assert sorted(torch.cat([ids for *_, ids, _ in batches]).tolist()) == split.rows.tolist()
+    for images, tokens, ids, _ in batches:
         for image, numbers, row in zip(images, tokens, ids.tolist(), strict=True):
             pixels = torch.from_numpy(np.array(data.pixels[row])).permute(2, 0, 1) / 255
             torch.testing.assert_close(image, pixels)

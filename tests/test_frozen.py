@@ -13,7 +13,7 @@ from torch import nn
 from dataset import CaptionedImages, Pairs
 from evaluate import evaluate_split
 from models import CLIP, hold_back
-from sources.pictures import resize
+from sources.augment import resize
 from support.command import UserError
 from support.options import ALL
 from tricks import frozen
@@ -67,9 +67,9 @@ def folders(place: Path, kind: str = "") -> set[str]:
 def inputs(pairs: Pairs, options: Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """What one epoch shows of a split's images and texts, in the order of the images."""
     batches = list(pairs.batches(1, options, CPU))
-    order = torch.cat([ids for *_, ids in batches]).argsort()
-    width = max(texts.shape[1] for _, texts, _ in batches)
-    texts = [nn.functional.pad(texts, (0, width - texts.shape[1])) for _, texts, _ in batches]
+    order = torch.cat([ids for *_, ids, _ in batches]).argsort()
+    width = max(texts.shape[1] for _, texts, *_ in batches)
+    texts = [nn.functional.pad(texts, (0, width - texts.shape[1])) for _, texts, *_ in batches]
     return torch.cat([images for images, *_ in batches])[order], torch.cat(texts)[order]
 
 
@@ -134,7 +134,7 @@ def test_a_model_above_its_features_learns_the_same_weights(tmp_path):
         if keep:
             learner, pairs = keep_features(model, pairs, options)
         learner.eval()  # no running statistics, which differ by rounding
-        images, texts, _ = next(pairs["train"].batches(1, options, CPU))
+        images, texts, *_ = next(pairs["train"].batches(1, options, CPU))
         loss = (learner.encode_image(images) - learner.encode_text(texts)).square().sum()
         loss.backward()
         moved.append({name: w.grad for name, w in model.named_parameters() if w.grad is not None})
@@ -287,7 +287,7 @@ def test_batches_of_features_belong_to_their_ids(tmp_path):
     for epoch, workers in ((1, 0), (2, 1)):
         options.workers = workers
         batches = [p["train"].batches(epoch, options, CPU) for p in (plain, kept)]
-        for (_, tokens, ids), (images, texts, same_ids) in zip(*batches, strict=True):
+        for (_, tokens, ids, _), (images, texts, same_ids, _) in zip(*batches, strict=True):
             assert torch.equal(ids, same_ids) and len(ids) == 2 * len(images)
             pixels = torch.from_numpy(dataset.pixels[ids[::2].numpy()])
             expected = run_blocks(model.eval(), resize(pixels, 32), BLOCKS)

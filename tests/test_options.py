@@ -10,7 +10,7 @@ import train
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command import UserError
 from support.options import ALL, block_count, config_of, resolve
-from support.runs import RECIPES, as_words, read_recipe
+from support.recipes import RECIPES, as_words, read_recipe
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.txt"))
 

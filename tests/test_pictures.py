@@ -16,7 +16,8 @@ from conftest import write_photos
 from PIL import Image, ImageFile
 
 from sources import pictures
-from sources.pictures import Augmentation, augment, cached_pixels, decode, resize
+from sources.augment import Augmentation, augment, resize
+from sources.pictures import cached_pixels, decode
 from support.command import UserError
 
 RED, GREEN, BLUE, WHITE = (200, 30, 30), (30, 160, 60), (30, 60, 200), (240, 240, 240)

@@ -95,7 +95,7 @@ def test_training_captions_change_in_every_epoch_and_dev_does_not():
 
     def texts(pairs: Pairs, epoch: int) -> list[list[int]]:
         cpu = torch.device("cpu")
-        batches = [tokens for _, tokens, _ in pairs.batches(epoch, options, cpu)]
+        batches = [tokens for _, tokens, *_ in pairs.batches(epoch, options, cpu)]
         return [[n for n in text if n != PAD] for tokens in batches for text in tokens.tolist()]
 
     # An epoch after five has the captions of the first again: each image has five.

@@ -15,7 +15,7 @@ from conftest import ROOT, TINY, assert_same_run, run_train, start
 import evaluate
 from support.checkpoint import fill_from, load_checkpoint
 from support.command import UserError
-from support.runs import read_recipe
+from support.recipes import read_recipe
 
 FILES = {"best.pt", "last.pt", "history.csv", "curves.png", "config.json"}
 RECIPE = """\

@@ -31,7 +31,7 @@ from conftest import (
 import evaluate
 import loss
 import train
-from dataset import Captions, Pairs, Tokenizer
+from dataset import Captions, Pairs, Tokenizer, load_dataset
 from models import CLIP, build_model, model_from_checkpoint
 from sources.layouts import read_folder
 from support.checkpoint import load_checkpoint, save_checkpoint
@@ -49,6 +49,12 @@ def history_of(run: Path) -> list[dict[str, float]]:
     return load_checkpoint(run / "last.pt")["history"]
 
 
+def images_of(data: Path, cache: Path) -> dict[str, int]:
+    """How many images a split holds."""
+    dataset = load_dataset(data, size=36, cache=cache, workers=0)
+    return {split: len(dataset.pairs(split).rows) for split in ("train", "dev", "test")}
+
+
 # ------------------------------------------------------------------------------ what a run leaves
 
 
@@ -62,13 +68,13 @@ def test_run_leaves_what_it_names(tiny_run: Path):
     assert load_checkpoint(tiny_run / "best.pt")["epoch"] == 1 + scores.index(max(scores))
 
 
-def test_checkpoint_is_plain_and_whole(tiny_run: Path):
+def test_checkpoint_is_plain_and_whole(tiny_run: Path, photo_data: Path, tmp_path: Path):
     content = torch.load(tiny_run / "last.pt", weights_only=True)
     for key in ("config", "vocabulary", "transform", "history", "random_states", "versions"):
         assert content[key], key
     assert content["fingerprint"] and content["optimizer"]["state"]
     assert content["versions"]["torch"] == str(torch.__version__)
-    assert len(content["train_images"]["names"]) == 30  # 40 photos less 5 for dev and 5 for test
+    assert len(content["train_images"]["names"]) == images_of(photo_data, tmp_path)["train"]
     assert json.loads((tiny_run / "config.json").read_text()) == content["config"]
 
 
@@ -90,12 +96,13 @@ def test_output_says_what_there_is_what_it_takes_and_what_was_written(
     assert written.err == ""
     lines = written.out.splitlines()
     assert lines[0].startswith(f"data {photo_data}") and "fingerprint" in lines[0]
-    assert "8 images in 1 batches; chance on dev: R@1 20.00%" in lines[1]  # dev stays whole
+    chance = 100 / images_of(photo_data, tmp_path / "cache")["dev"]  # dev stays whole
+    assert f"8 images in 1 batches; chance on dev: R@1 {chance:.2f}%" in lines[1]
     assert [line for line in lines if line.startswith("about ") and "min for 1" in line]
     assert lines[-1].startswith(f"wrote {tmp_path / 'run'}: best.pt (epoch 1")
 
 
-@pytest.mark.parametrize(("batch", "limit"), [(29, 30), (2, 5), (64, 2)])
+@pytest.mark.parametrize(("batch", "limit"), [(25, 26), (2, 5), (64, 2)])
 def test_short_and_odd_batches(photo_data: Path, tmp_path: Path, batch: int, limit: int):
     words = start(photo_data, tmp_path / "run", tmp_path / "cache", *QUICK, "--epochs", 1)
     assert run_train(*words, "--batch-size", batch, "--limit", limit) == 0
@@ -107,21 +114,23 @@ def test_short_and_odd_batches(photo_data: Path, tmp_path: Path, batch: int, lim
 def test_a_limit_above_all_images_is_told_once(photo_data: Path, tmp_path: Path, capsys):
     words = start(photo_data, tmp_path / "run", tmp_path / "cache", *QUICK, "--epochs", 1)
     assert run_train(*words, "--limit", 999) == 0
-    warning = "warning: --limit 999: there are 30 training images, all are used\n"
+    count = images_of(photo_data, tmp_path / "cache")["train"]
+    warning = f"warning: --limit 999: there are {count} training images, all are used\n"
     assert capsys.readouterr().err == warning
 
 
 def test_train_recall_measures_as_many_training_images(photo_data: Path, tmp_path: Path, capsys):
     words = start(photo_data, tmp_path / "run", tmp_path / "cache", *QUICK, "--epochs", 2)
-    for limit, images in ((30, 5), (3, 3)):
+    dev = images_of(photo_data, tmp_path / "cache")["dev"]
+    for limit, images in ((20, dev), (3, 3)):
         out = tmp_path / f"run{limit}"
         assert run_train(*words, "--out", out, "--train-recall", "--limit", limit) == 0
         for record in history_of(out):
-            assert record["dev_films"] == 5
+            assert record["dev_films"] == dev
             for way in ("i2t", "t2i"):
                 found = record[f"train_top1_{way}"] * images / 100
                 assert found == pytest.approx(round(found)) and 0 <= found <= images
-    assert history_of(out)[-1].keys() - history_of(tmp_path / "run30")[-1].keys() == set()
+    assert history_of(out)[-1].keys() - history_of(tmp_path / "run20")[-1].keys() == set()
     assert "limit" not in capsys.readouterr().err  # which was not too large
 
 
@@ -419,9 +428,9 @@ def test_one_line_and_exit_code_2(tmp_path: Path):
 def test_loss_that_is_not_finite_stops(photo_data: Path, tmp_path: Path, monkeypatch):
     out, calls = tmp_path / "run", []
 
-    def diverging(*batch):
+    def diverging(*batch, **ids):
         calls.append(1)
-        return loss.info_nce(*batch) * (float("nan") if len(calls) == 4 else 1)
+        return loss.info_nce(*batch, **ids) * (float("nan") if len(calls) == 4 else 1)
 
     monkeypatch.setitem(loss.LOSSES, "infonce", lambda options, pairs: diverging)
     with pytest.raises(UserError, match=r"epoch 2, batch 2: the loss is nan; training is stopped"):

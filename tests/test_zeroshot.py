@@ -57,7 +57,8 @@ def test_zero_shot(run, classes, capsys):
     assert "1 of 19 pictures cannot be read (broken.jpg: not a picture)" in err
     assert "left out: nothing\n" in err
     assert "class 'blue zeppelin': zeppelin never stood in the training captions" in err
-    assert err.count("warning:") == 3
+    assert "files that are not read as pictures are left out: 1 .txt\n" in err
+    assert err.count("warning:") == 4
     assert found["chance"] == pytest.approx(100 / 6) and found["pictures"] == 18
     assert list(found["per_class"]) == ["blue zeppelin", *sorted(set(COLOURS) - {"blue"})]
     mean = sum(found["per_class"].values()) / 6  # as many pictures each

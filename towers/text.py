@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dataset import PAD, Tokenizer, padded
+from sources.texts import clean_text
 from support.checkpoint import NOT_A_CHECKPOINT, first_line
 from support.command import UserError
 from towers.image import package_folder
@@ -89,9 +90,12 @@ class WordPieces:
         """The words of `text` that no pieces make up."""
         return [word for word in self.words(text) if "[UNK]" in self.pieces.encode(word).tokens]
 
+    def length(self, text: str) -> int:
+        return len(self.pieces.encode(clean_text(text)).ids)
+
     def __call__(self, texts: list[str]) -> torch.Tensor:
         """[CLS] pieces [SEP], cut to max_tokens (counted), padded to the longest: int64 (N, L)."""
-        encoded = [encoding.ids for encoding in self.pieces.encode_batch(texts)]
+        encoded = [encoding.ids for encoding in self.pieces.encode_batch([*map(clean_text, texts)])]
         self.cut += sum(len(ids) > self.max_tokens for ids in encoded)
         last = self.max_tokens - 1  # where [SEP] stands at the latest
         return padded(ids[:-1][:last] + ids[-1:] for ids in encoded)

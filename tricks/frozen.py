@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dataset import PAD
 from models import CLIP
-from sources.pictures import DECODER, cached_folder, write_header
+from sources.pictures import DECODER, cached, read_array, write_header
 from support.command import UserError
 from support.device import AUTOCAST
 
@@ -174,9 +174,7 @@ def image_features(
         *blocks.state_dict().values(),
     )
     build = partial(write_features, model, blocks, pairs, options, name)
-    return np.load(
-        cached_folder(options.cache, f"images-{key}", build) / "features.npy", mmap_mode="r"
-    )
+    return cached(options.cache, f"images-{key}", build, read_array)
 
 
 @torch.inference_mode()
@@ -223,10 +221,11 @@ def text_features(model: CLIP, tokens: torch.Tensor, options: Namespace, name: s
     architecture = getattr(options, "text_architecture", None)
     kind = [options.text_tower, architecture, options.precision]
     key = key_of(kind, tokens, *model.text_tower.state_dict().values())
-    folder = cached_folder(
-        options.cache, f"texts-{key}", lambda folder: np.save(folder / "features.npy", compute())
-    )
-    return np.load(folder / "features.npy", mmap_mode="r")
+
+    def build(folder: Path) -> None:
+        np.save(folder / "features.npy", compute())
+
+    return cached(options.cache, f"texts-{key}", build, read_array)
 
 
 @contextlib.contextmanager

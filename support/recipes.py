@@ -1,0 +1,233 @@
+"""Recipes, and runs as folders: a list of runs goes on where it was stopped.
+
+train.py hands over what was typed and its `train`; resuming a recipe is going through its list.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from support import stopping
+from support.checkpoint import load_checkpoint, save_checkpoint
+from support.command import HERE, UserError, atomic_write, dashed, warn
+from support.device import choose_device, choose_precision
+from support.folders import free_name, owned, refuse_used
+from support.idle import say_idle
+from support.options import MAY_CHANGE, OF_RECIPES, OF_THE_MACHINE, resolve, suited
+from support.runs import read_data
+
+if TYPE_CHECKING:
+    import torch
+
+    from support.command import Parser
+
+RECIPES = HERE / "recipes"
+Recipe = list[tuple[str, list[str]]]  # its runs: (name, words as typed)
+
+# --------------------------------------------------------------------------------- recipes
+
+
+def read_recipe(name: str) -> Recipe:
+    """The runs of recipes/NAME.txt, or of a file. Raises UserError.
+
+    A run a line, `name: --flag value ...`; a line that ends in a backslash goes on; # is a comment.
+    """
+    path = RECIPES / f"{name}.txt"
+    path = path if path.is_file() else Path(name)
+    try:
+        lines = map(str.strip, path.read_text("utf-8").replace("\\\n", " ").split("\n"))
+        parts = [line.partition(":") for line in lines if line and line[0] != "#"]
+        runs = [(run.strip(), shlex.split(words)) for run, _, words in parts]
+    except (OSError, ValueError) as error:
+        known = ", ".join(sorted(found.stem for found in RECIPES.glob("*.txt")))
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--recipe {name}: {reason}; give one of {known}, or a file") from error
+    named = all(re.fullmatch(r"[\w-]+", run) for run, _ in runs)
+    if not runs or not named or len(dict(runs)) < len(runs):
+        line = "`name: --flag value ...`"
+        raise UserError(f"--recipe {name}: {path} needs a run a line, each {line}")
+    return runs
+
+
+def as_words(typed: dict[str, Any]) -> list[str]:
+    """Flags as they would be typed."""
+    words = []
+    for flag, value in typed.items():
+        if isinstance(value, bool):
+            words.append(dashed(f"--{flag}" if value else f"--no_{flag}"))
+        else:
+            words += [dashed(f"--{flag}"), str(value)]
+    return words
+
+
+def begin_anew(typed: dict[str, Any], parser: Parser, train: Callable[..., int]) -> int:
+    """A new run, or the runs of a recipe, in a folder of its own: an exit code. Raises UserError.
+
+    The folder is --out, or one named after the data and the time.
+    """
+    recipe = read_recipe(typed.get("recipe", "assignment"))
+    flags = [parser.typed(words) for _, words in recipe]
+    options = resolve(parser, typed, flags[0])
+
+    def work(out: Path) -> int:
+        if typed.get("out"):
+            refuse_used(out)
+        if len(recipe) > 1:
+            return run_recipe(recipe, out, parser, typed, train)
+        say_idle(options, flags[0], typed)
+        return train(options, out, None, out)
+
+    if typed.get("out"):
+        return in_folder(typed["out"], work)
+    return in_folder(free_name(Path("checkpoints"), Path(options.data).name), work, new=True)
+
+
+def in_folder(out: Path, work: Callable[[Path], int], new: bool = False) -> int:
+    """Does `work` in a run's folder, which is this process's alone; an exit code.
+
+    When it is stopped, a line says how the run goes on.
+    """
+    words = partial(how_it_goes_on, out)
+    with owned(out, new), stopping.saying(words):
+        try:
+            return work(out)
+        except KeyboardInterrupt as error:
+            code = stopping.code_of(error)
+        except BrokenPipeError:  # nobody reads what it prints
+            code = 1
+        print(words(), file=sys.stderr, flush=True)
+        stopping.state["said"] = True
+        return code
+
+
+def how_it_goes_on(out: Path) -> str:
+    saved = (out / "last.pt").exists() or (out / "recipe.txt").exists()
+    go_on = f"go on from the last whole epoch: python train.py --resume {shlex.quote(str(out))}"
+    return f"warning: stopped; {go_on if saved else 'no epoch was finished'}"
+
+
+def run_recipe(
+    runs: Recipe, out: Path, parser: Parser, typed: dict[str, Any], train: Callable[..., int]
+) -> int:
+    """Goes through a recipe's runs; a finished one is skipped, one that was stopped goes on.
+
+    A run whose --init names an earlier run of the recipe starts from its best checkpoint. What no
+    other run starts from stands side by side in out/best.pt.
+    """
+    said = {flag: x for flag, x in typed.items() if flag not in OF_THE_MACHINE}
+    if not (out / "recipe.txt").is_file() or "data" in typed:
+        for place, (name, words) in enumerate(runs):
+            flags = parser.typed(words)
+            flags = {"data": parser.defaults()["data"], **suited(flags, said), **said}
+            if flags["data"] != "shapes":  # from wherever it is resumed
+                flags["data"] = str(Path(flags["data"]).resolve())
+            runs[place] = name, as_words(flags)
+        with atomic_write(out / "recipe.txt") as temporary:
+            lines = [f"{name}: {shlex.join(words)}\n" for name, words in runs]
+            temporary.write_text("".join(lines), "utf-8")
+    machine = {flag: x for flag, x in typed.items() if flag in OF_RECIPES}
+    begun = set()  # runs that others start from
+    for place, (name, words) in enumerate(runs, 1):
+        print(f"run {place} of {len(runs)}: {name}", flush=True)
+        flags, earlier = {**parser.typed(words), **machine}, None
+        if flags.get("init") in dict(runs):
+            begun.add(flags["init"])
+            flags["init"] = str(out / flags["init"])
+        with owned(out / name):
+            if (out / name / "last.pt").is_file():
+                options, earlier = resumed(out / name, machine, parser)
+            else:
+                options = resolve(parser, flags, {})
+                say_idle(options, flags, {})
+            code = train(options, out / name, earlier, out)
+        if code:
+            return code
+    members = [name for name, _ in runs if name not in begun]
+    contents = [load_checkpoint(out / name / "best.pt") for name in members]
+    save_checkpoint(out / "best.pt", {"members": contents} if members[1:] else contents[0])
+    print(f"wrote {out / 'best.pt'} ({' side by side with '.join(members)})")
+    return 0
+
+
+def go_on(typed: dict[str, Any], parser: Parser, train: Callable[..., int]) -> int:
+    """--resume: the run, or the recipe, in a folder goes on. Raises UserError."""
+    if not typed["resume"] and "out" not in typed:
+        raise UserError("--resume needs the run's folder: --resume checkpoints/NAME")
+    place = Path(typed["resume"] or typed["out"])
+    if not place.exists():
+        raise UserError(f"--resume: there is no {place}; name the folder of a run")
+
+    def work(out: Path) -> int:
+        if not (place / "recipe.txt").is_file():
+            options, earlier = resumed(place, typed, parser)
+            return train(options, out, earlier, out)
+        if kept := typed.keys() - {*OF_RECIPES, "out", "resume"}:
+            flags = ", ".join(dashed(f"--{flag}") for flag in sorted(kept))
+            raise UserError(f"--resume: the runs of a recipe keep their {flags}; leave it out")
+        recipe = read_recipe(str(out / "recipe.txt"))
+        if "data" in typed:
+            check_moved(out, recipe, typed, parser)
+        return run_recipe(recipe, out, parser, typed, train)
+
+    return in_folder(place if place.is_dir() else place.parent, work)
+
+
+def check_moved(out: Path, recipe: Recipe, typed: dict[str, Any], parser: Parser) -> None:
+    """Raises UserError when the data of a recipe that is resumed with --data are others."""
+    for name, _ in recipe:
+        if (out / name / "last.pt").is_file():
+            flags = {flag: x for flag, x in typed.items() if flag in OF_RECIPES}
+            options, earlier = resumed(out / name, flags, parser)
+            read_data(options, earlier)
+            return
+
+
+def resumed(place: Path, typed: dict[str, Any], parser: Parser) -> tuple[Namespace, dict[str, Any]]:
+    """The options and the checkpoint of the run in a folder, or of a last.pt. Raises UserError."""
+    path = place / "last.pt" if place.is_dir() else place
+    if not path.is_file():
+        raise UserError(f"--resume: there is no {path}; no epoch of that run was finished")
+    content = load_checkpoint(path)
+    if "config" not in content:
+        raise UserError(f"--resume: {path} holds several models; give the recipe's folder")
+    config = {**parser.defaults(), **content["config"]}  # some flags are younger than it
+    wanted = vars(resolve(parser, typed, {**config, "init": None}))
+    for flag in typed.keys() - MAY_CHANGE:
+        if wanted[flag] != config[flag]:
+            raise UserError(
+                f"{dashed('--' + flag)} {typed[flag]} differs from the run's {config[flag]}; "
+                "leave it out, or start a new run with another --out"
+            )
+    changed = {flag: x for flag, x in typed.items() if flag in MAY_CHANGE}
+    if "data" in typed:  # which its content decides: see `read_data`
+        changed["data"] = wanted["data"]
+    options = Namespace(**{**config, **changed, "out": path.parent})
+    device = choose_device(options.device)
+    options.precision = precision_of(config["precision"], typed.get("precision", "auto"), device)
+    for name, now, before in (
+        ("device", device.type, content.get("device", device.type)),
+        ("precision", options.precision, config["precision"]),
+    ):
+        if now != before:
+            line = f"the run's --{name} was {before} and is now {now}: it ends in other bits"
+            warn(f"{line} than it would have, and much the same figures")
+    return options, content
+
+
+def precision_of(before: str, typed: str, device: torch.device) -> str:
+    """The precision in which a run goes on: its own, unless another is typed or the device's."""
+    if typed != "auto":
+        return choose_precision(typed, device)
+    if before == "auto":
+        return before
+    try:
+        return choose_precision(before, device)
+    except UserError:  # fp16 on a CPU
+        return choose_precision("auto", device)
