@@ -20,6 +20,9 @@ from wiring import (
     write_folder,
 )
 
+from dataset import load_dataset
+from support.protocol import protocol_of
+
 LEVELS = (40, 105, 170, 235)
 COLOURS = [(r, g, b) for r in LEVELS for g in LEVELS for b in LEVELS if len({r, g, b}) > 1]
 FRAME = (0, 158, 115)  # around a true picture
@@ -140,9 +143,66 @@ def test_the_protocol_says_what_was_measured(trained, evaluated):
         "trained_on": 0,
         "checkpoint": str(trained.path),
         "fingerprint": trained.content["fingerprint"],
+        "equal_captions": 0,
+        "highest_r1": {"i2t": 100.0, "t2i": 100.0},
     }
     assert {key: protocol[key] for key in known} == known
     assert set(protocol) == {*known, "i2t", "t2i", "interval"}
+
+
+def test_the_highest_recall_is_that_of_a_model_that_knows_all(tmp_path):
+    """Equal captions and copies of pictures: one-hot embeddings by content, ranked by loops."""
+    numbers = [0, 1, 2, 3, 3, 4]  # pictures 3 and 4 are copies
+    texts = [
+        *(["a dog", "A  Dog"], ["a dog", "a cat"], ["a cat", "a cat"]),
+        *(["one"], ["two", "a bird"], ["three", "three"]),
+    ]
+    names = [f"{i}.png" for i in range(6)]
+    images = {name: ("test", text) for name, text in zip(names, texts, strict=True)}
+    images |= {f"other{i}.png": (split, ["x", "y"]) for i, split in enumerate(("train", "val"))}
+    data = write_folder(tmp_path / "data", images, lambda number: flat([*numbers, 8, 9][number]))
+    pairs = load_dataset(data, cache=tmp_path / "cache", workers=0).pairs("test")
+    said = [" ".join(text.lower().split()) for own in texts for text in own]
+    owner = np.repeat(np.arange(6), [len(own) for own in texts])
+    used = {
+        text: {image for image, t in zip(owner, said, strict=True) if t == text} for text in said
+    }
+    protocol = protocol_of(pairs.dataset, pairs)
+    assert protocol["equal_captions"] == sum(len(used[text]) > 1 for text in said) == 6
+    # The best i2t: every picture embeds as one text of its own choice; t2i: each text as one picture.
+    kinds = sorted({*said})
+    one_hot = np.eye(len(kinds))[[kinds.index(text) for text in said]]
+    pictures = np.eye(5)[numbers]
+    found = 0
+    for number in range(5):  # a picture's content points at one text: the best choice of all
+        chances = []
+        for kind in range(len(kinds)):
+            scores = one_hot @ np.eye(len(kinds))[kind]
+            chances.append(
+                sum(
+                    all(
+                        scores[i] < max(scores[owner == image])
+                        for i in np.flatnonzero(owner != image)
+                    )
+                    for image in np.flatnonzero(np.array(numbers) == number)
+                )
+            )
+        found += max(chances)
+    assert protocol["highest_r1"]["i2t"] == pytest.approx(100 * found / 6)
+    found = 0
+    for kind in kinds:  # a text points at one picture's content
+        chances = []
+        for number in range(5):
+            scores = pictures @ np.eye(5)[number]
+            chances.append(
+                sum(
+                    all(scores[j] < scores[owner[i]] for j in range(6) if j != owner[i])
+                    for i in range(len(said))
+                    if said[i] == kind
+                )
+            )
+        found += max(chances)
+    assert protocol["highest_r1"]["t2i"] == pytest.approx(100 * found / len(said))
 
 
 def test_images_that_were_trained_on_are_counted(trained, tmp_path, capsys):
