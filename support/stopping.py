@@ -35,10 +35,10 @@ state = {"listening": False, "stopping": False, "said": False}
 
 
 def in_a_script() -> bool:
-    """Whether a script of the project runs, and not a worker of its, or a test."""
+    """Whether a script of the project runs, and not a worker of its, a test or a notebook."""
     project = Path(__file__).resolve().parents[1]
-    script = Path(getattr(sys.modules["__main__"], "__file__", None) or "none").resolve()
-    return script.parent in (project, project / "report")
+    script = getattr(sys.modules["__main__"], "__file__", None)  # none in a notebook
+    return bool(script) and Path(script).resolve().parent in (project, project / "report")
 
 
 def listen() -> None:

@@ -220,3 +220,13 @@ def test_workers_keep_order_and_are_never_far_ahead():
 def test_a_worker_that_is_killed_is_said():
     with pytest.raises(UserError, match=r"one of 8 processes was killed.*--workers 2"):
         list(in_processes(die, range(20), 8, 1))
+
+
+def test_a_notebook_keeps_its_ctrl_c():
+    """Imported from elsewhere than a script of the project, nothing of the process changes."""
+    code = "import signal, train; print(signal.getsignal(signal.SIGINT) is before)"
+    code = f"import signal; before = signal.getsignal(signal.SIGINT); {code}"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert found.stdout == "True\n", found.stderr

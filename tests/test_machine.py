@@ -27,6 +27,7 @@ import evaluate
 import train
 import visualize
 from dataset import load_dataset
+from sources import augment as augmenting
 from sources import pictures
 from support import runs
 from support.checkpoint import load_checkpoint, save_checkpoint
@@ -465,7 +466,7 @@ def test_a_torch_too_old_for_numpy_is_said(monkeypatch):
 def test_pictures_are_resized_where_a_device_has_no_antialiasing(monkeypatch):
     """Apple's MPS before torch 2.7; the CPU does it there."""
     pixels = torch.randint(0, 255, (2, 40, 40, 3), dtype=torch.uint8)
-    expected, real, calls = pictures.resize(pixels, 24), pictures.F.interpolate, []
+    expected, real, calls = augmenting.resize(pixels, 24), augmenting.F.interpolate, []
 
     def lacking(images, **options):
         calls.append(images.device)
@@ -473,5 +474,5 @@ def test_pictures_are_resized_where_a_device_has_no_antialiasing(monkeypatch):
             raise NotImplementedError("'aten::_upsample_bilinear2d_aa.out' on MPS")
         return real(images, **options)
 
-    monkeypatch.setattr(pictures.F, "interpolate", lacking)
-    assert torch.equal(pictures.resize(pixels, 24), expected) and len(calls) == 2
+    monkeypatch.setattr(augmenting.F, "interpolate", lacking)
+    assert torch.equal(augmenting.resize(pixels, 24), expected) and len(calls) == 2

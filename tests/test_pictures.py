@@ -15,6 +15,7 @@ import torch
 from conftest import write_photos
 from PIL import Image, ImageFile
 
+from sources import augment as augmenting
 from sources import pictures
 from sources.augment import Augmentation, augment, resize
 from sources.pictures import cached_pixels, decode
@@ -429,7 +430,7 @@ def test_about_half_are_mirrored(level):
 
 def with_draws(monkeypatch, level: Augmentation, draws: list[float]) -> None:
     """Level `fixed`, whose random numbers are `draws`: area, ratio, left, top, (flip,) angle."""
-    monkeypatch.setitem(pictures.AUGMENTATIONS, "fixed", level)
+    monkeypatch.setitem(augmenting.AUGMENTATIONS, "fixed", level)
     left = iter(draws)
     monkeypatch.setattr(torch, "rand", lambda count, generator: torch.full((count,), next(left)))
 
@@ -466,7 +467,7 @@ def test_a_quarter_turn(monkeypatch):
 
 def test_crops_never_leave_the_picture(monkeypatch):
     """Without rotation no border is made up: a bright frame around black is seen as it is."""
-    monkeypatch.setitem(pictures.AUGMENTATIONS, "crop", Augmentation(area=0.35))
+    monkeypatch.setitem(augmenting.AUGMENTATIONS, "crop", Augmentation(area=0.35))
     ramp = torch.arange(32, dtype=torch.uint8).mul(8)
     across = ramp[None, None, :, None].expand(300, 32, 32, 3).contiguous()
     out = augment(across, 32, "crop", seeded())
@@ -478,11 +479,11 @@ def test_crops_never_leave_the_picture(monkeypatch):
 
 def test_tint():
     images, one, off = resize(noise(2, 8), 8), torch.ones(2, 1, 1, 1), torch.zeros(2, 1, 1, 1)
-    assert torch.allclose(pictures.tint(images, one, one, one), images, atol=1e-6)
-    assert torch.allclose(pictures.tint(images, one / 2, one, one), images / 2, atol=1e-6)
-    grey = pictures.tint(images, one, one, off)
+    assert torch.allclose(augmenting.tint(images, one, one, one), images, atol=1e-6)
+    assert torch.allclose(augmenting.tint(images, one / 2, one, one), images / 2, atol=1e-6)
+    grey = augmenting.tint(images, one, one, off)
     assert torch.allclose(grey[:, 0], grey[:, 2]) and grey[:, 0].std() > 0.05
-    assert pictures.tint(images, one, off, one).std((1, 2, 3)).max() < 1e-5
+    assert augmenting.tint(images, one, off, one).std((1, 2, 3)).max() < 1e-5
 
 
 def test_mirror_shows_the_picture_or_its_mirror_image():

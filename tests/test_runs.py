@@ -137,7 +137,7 @@ def test_the_best_epochs_stand_side_by_side(whole: Path, tmp_path: Path):
 
 def test_evaluate_finds_the_whole_recipe(whole: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(whole.parents[1])
-    cache = ["--cache", str(tmp_path / "cache")]
+    cache = ["--cache", str(tmp_path / "cache"), "--split", "train"]
     evaluate.main(["--json", str(tmp_path / "found.json"), *cache])
     output = capsys.readouterr().out
     assert output.startswith(f"checkpoint {Path('checkpoints', 'mine', 'best.pt')}, epoch ")
