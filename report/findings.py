@@ -79,9 +79,8 @@ def groups(models: Models, way: str, most: int = 9) -> Lines:
     lines = [["queries that speak of, or whose picture is", "queries", *models]]
     for name in ["all", *ahead, *behind]:
         rows = [every[model].get(name) for model in models]
-        counts = [int(row["queries"]) for row in rows if row]
-        asked = " to ".join(f"{n:,}" for n in dict.fromkeys((min(counts), max(counts))))
-        lines.append([name, asked, *map(group_cell, rows)])
+        asked = " / ".join(dict.fromkeys(f"{int(row['queries']):,}" for row in rows if row))
+        lines.append([name, asked or "-", *map(group_cell, rows)])
     return lines
 
 
