@@ -155,7 +155,7 @@ def analysis(part: str, *names: str) -> str:
     }
     lines = markdown(findings.PARTS[part](models)) if models else ""
     missing = [name for name in names if name not in known]
-    return lines + (f"\n{UNKNOWN}: {', '.join(missing)}\n" if missing else "")
+    return lines + (f"\n{UNKNOWN}: {'; '.join(missing)}\n" if missing else "")
 
 
 SPLITS = ("by image", "by caption line")
@@ -183,10 +183,18 @@ def fill(marked: re.Match[str]) -> str:
         raise UserError(f"nothing is known for <!-- table: {name} -->: {error!r}") from error
 
 
+def dictionary() -> dict[str, str]:
+    """The tables' words in Chinese. Raises UserError."""
+    try:
+        return json.loads((HERE / "chinese.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {HERE / 'chinese.json'}: {error}") from error
+
+
 def fill_chinese(marked: re.Match[str]) -> str:
     """The same, each cell in Chinese as far as report/chinese.json has it. Raises UserError."""
     mark, text, end = re.fullmatch(r"(<.*?-->)(.*)(<.*)", fill(marked), re.DOTALL).groups()
-    words = json.loads((HERE / "chinese.json").read_text("utf-8"))
+    words = dictionary()
     lines = (line.strip("| ").split(" | ") if "|" in line else [line] for line in text.split("\n"))
     cells = ([translated(cell, words) for cell in line] for line in lines)
     return mark + "\n".join(f"| {' | '.join(c)} |" if len(c) > 1 else c[0] for c in cells) + end
@@ -236,7 +244,7 @@ def main(argv: list[str]) -> None:
         text = page.read_text("utf-8")
         filled = MARKED.sub(fill_chinese if page.name.endswith(".zh.md") else fill, text)
         if check and filled != text:
-            raise UserError(f"{page.name} does not agree with runs.csv: python report/tables.py")
+            raise UserError(f"{page.name} does not agree with its data: python report/tables.py")
         if filled != text:
             with atomic_write(page) as temporary:
                 temporary.write_text(filled, "utf-8")

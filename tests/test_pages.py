@@ -365,13 +365,13 @@ def test_words_causes_and_epochs(copy):
 
 def test_what_is_not_measured_is_said(copy):
     shutil.rmtree(copy / "analysis", ignore_errors=True)
-    mark = "<!-- table: analysis summary / one / two --><!-- end -->"
-    assert "not measured yet: one, two" in tables.MARKED.sub(tables.fill, mark)
-    assert "尚未测量: one, two" in tables.MARKED.sub(tables.fill_chinese, mark)
-    write_analysis(copy, "one")
+    mark = "<!-- table: analysis summary / first / other --><!-- end -->"
+    assert "not measured yet: first; other" in tables.MARKED.sub(tables.fill, mark)
+    assert "尚未测量: first; other" in tables.MARKED.sub(tables.fill_chinese, mark)
+    write_analysis(copy, "first")
     text = tables.MARKED.sub(tables.fill, mark)
-    assert "not measured yet: two" in text and "| what | one |" in text
-    (copy / "analysis" / "one" / "words.csv").unlink()
+    assert "not measured yet: other" in text and "| what | first |" in text
+    (copy / "analysis" / "first" / "words.csv").unlink()
     with pytest.raises(UserError, match=r"words\.csv"):
         tables.MARKED.sub(tables.fill, mark)
 
