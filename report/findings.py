@@ -13,13 +13,19 @@ Models = dict[str, dict[str, Rows]]  # model -> file, without .csv -> its rows
 FILES = ("groups", "words", "summary", "epochs")  # the ones without a caption of the data
 WAYS = {"t2i": "text to image", "i2t": "image to text", "both": ""}
 LEAD = "lead of the first answer"  # report/analysis.py: its tenths are shown with the causes
+QUARTERS = {"1 of 4 (lowest)": "lowest quarter", "2 of 4": "second quarter"}
+QUARTERS |= {"3 of 4": "third quarter", "4 of 4 (highest)": "highest quarter"}
+NAMES = QUARTERS | {"none of these": "none named"}
 COUNTS = ("misses",)
 DISTANCES = ("modality gap", "cosine", "rank against lead")  # all else is in percent
+CALIBRATION = ("right ones accepted", "others accepted")  # of the rule for near misses
+LEFT_OUT = (*CALIBRATION, "cosine among pictures", "cosine among captions")
 
 
 def shown(number: str, form: str) -> str:
-    """A number of a file, "-" where the file has none."""
-    return format(float(number), form) if number else "-"
+    """A number of a file, "-" where the file has none; a 0 has no sign."""
+    text = format(float(number), form) if number else "-"
+    return text.lstrip("-") if number and not float(text.replace(",", "")) else text
 
 
 def interval(row: dict[str, str], key: str, form: str = ".1f") -> str:
@@ -34,8 +40,9 @@ def signed(row: dict[str, str]) -> float:
 
 def label(row: dict[str, str]) -> str:
     """A group as the report names it; "what it speaks of" needs no kind before it."""
-    plain = row["kind"] in ("all", "what it speaks of")
-    return row["group"] if plain else f"{row['kind']}: {row['group']}"
+    name = NAMES.get(row["group"], row["group"])
+    plain = row["kind"] in ("all", "what it speaks of") and name == row["group"]
+    return name if plain else f"{row['kind']}: {name}"
 
 
 def told_apart(rows: Rows, way: str, finding: str) -> Rows:
@@ -45,7 +52,7 @@ def told_apart(rows: Rows, way: str, finding: str) -> Rows:
     return sorted(found, key=lambda row: -abs(signed(row)))
 
 
-def preferences(models: Models, most: int = 6) -> Lines:
+def preferences(models: Models, most: int = 5) -> Lines:
     """A line a model and direction: what it is better and worse on than on all."""
     lines = [["model", "direction", "better than on all", "worse than on all"]]
     for model, files in models.items():
@@ -58,7 +65,7 @@ def preferences(models: Models, most: int = 6) -> Lines:
     return lines
 
 
-def groups(models: Models, way: str, most: int = 9) -> Lines:
+def groups(models: Models, way: str, most: int = 6) -> Lines:
     """The groups that some model is better or worse on, R@10 and how far from all, side by side.
 
     The groups are those whose difference is largest, taken over the models that tell it.
@@ -94,7 +101,7 @@ def group_cell(row: dict[str, str] | None) -> str:
     return f"{interval(row, 'r10')}, {shown(row['against_all'], '+.1f')}{mark}"
 
 
-def words(models: Models, most: int = 8) -> Lines:
+def words(models: Models, most: int = 7) -> Lines:
     """A line a model and direction: the words that move the rank most, others held fast."""
     lines = [["model", "direction", "found sooner with", "found later with"]]
     for model, files in models.items():
@@ -124,6 +131,8 @@ def summary(models: Models) -> Lines:
         for model, files in models.items()
     }
     for way, measure in dict.fromkeys(key for rows in found.values() for key in rows):
+        if measure in LEFT_OUT:
+            continue
         cells = [summary_cell(rows.get((way, measure))) for rows in found.values()]
         lines.append([": ".join(filter(None, (WAYS[way], measure))), *cells])
     for way in ("t2i", "i2t"):

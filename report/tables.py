@@ -207,8 +207,8 @@ def translated(text: str, words: dict[str, str]) -> str:
     for mark in ("; ", ": "):
         if mark in text:
             return mark.join(translated(part, words) for part in text.split(mark))
-    name, number = re.fullmatch(r"(.*?)((?:(?:^| )[+×-]?\d.*)?)", text).groups()
-    return words.get(name, name) + re.sub(r"(?<=\d) to (?=\d)", " 至 ", number)
+    name, number = re.fullmatch(r"(.*?)((?: [+-][\d.]+)?)", text, re.DOTALL).groups()
+    return re.sub(r"(?<=\d) to (?=\d)", " 至 ", words.get(name, name) + number)
 
 
 def draw_path(path: Path, runs: list[Rows]) -> None:

@@ -276,6 +276,8 @@ GROUPS = [
     ROW | {"kind": "all", "group": "all"},
     ROW | {"group": "dogs", "finding": "better", "against_all": 8.26},
     ROW | {"kind": "colour", "group": "red", "finding": "worse", "against_all": -3.14},
+    ROW | {"kind": "typical", "group": "1 of 4 (lowest)", "finding": "worse", "against_all": -2},
+    ROW | {"kind": "colour", "group": "none of these", "finding": "worse", "against_all": -1},
     ROW | {"group": "snow", "finding": "no difference seen", "against_all": 9.9},
     ROW | {"group": "sport", "finding": "better", "against_all": 1.5, "direction": "i2t"},
     ROW | {"kind": findings.LEAD, "group": "10 of 10 (highest)", "finding": "better", "r1": 61.7},
@@ -292,6 +294,8 @@ SUMMARY = [
     {"direction": "t2i", "measure": "hub share", "value": 7.13, "low": "", "high": ""},
     {"direction": "t2i", "measure": "misses", "value": 4321, "low": "", "high": ""},
     {"direction": "t2i", "measure": "misses accepted", "value": 12.34, "low": 11, "high": 13.06},
+    {"direction": "i2t", "measure": "rank against lead", "value": -0.004, "low": "", "high": ""},
+    {"direction": "i2t", "measure": "others accepted", "value": 0.4, "low": 0.3, "high": 0.5},
     {"direction": "both", "measure": "modality gap", "value": 0.625, "low": "", "high": ""},
 ]
 EPOCHS = [{"epoch": i, "train_loss": 4 - i / 8, "mean_recall": i} for i in range(1, 16)]
@@ -317,15 +321,19 @@ def filled(mark: str, language: str = "") -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in lines if "---" not in line][1:]
 
 
+WORSE = "colour: red -3.1; typical: lowest quarter -2.0; colour: none named -1.0"
+WORSE_CHINESE = "颜色: 红 -3.1; 典型程度: 最低的四分之一 -2.0; 颜色: 都没有提到 -1.0"
+
+
 def test_preferences(copy):
     """Findings alone, the farthest from all first; in Chinese the same."""
     write_analysis(copy, "mine")
     assert filled("analysis preferences / mine") == [
-        ["mine", "text to image", "dogs +8.3", "colour: red -3.1"],
+        ["mine", "text to image", "dogs +8.3", WORSE],
         ["mine", "image to text", "sport +1.5", "nothing seen"],
     ]
     assert filled("analysis preferences / mine", "zh") == [
-        ["mine", "文搜图", "狗 +8.3", "颜色: 红 -3.1"],
+        ["mine", "文搜图", "狗 +8.3", WORSE_CHINESE],
         ["mine", "图搜文", "运动 +1.5", "未见差别"],
     ]
 
@@ -334,11 +342,13 @@ def test_groups_side_by_side(copy):
     """A group that one model tells is shown of both; what is too few to tell says so."""
     few = GROUPS[2] | {"finding": "too few", "against_all": "", "r10_low": "", "r10_high": ""}
     write_analysis(copy, "one")
-    write_analysis(copy, "two", groups=[GROUPS[0], GROUPS[3], few])
+    write_analysis(copy, "two", groups=[GROUPS[0], GROUPS[5], few])
     share = "20.0 [18.0, 22.5]"
     assert filled("analysis groups t2i / one / two") == [
         ["all", "400", share, share],
         ["dogs", "400", f"{share}, +8.3 **+**", "-"],
+        ["colour: none named", "400", f"{share}, -1.0 **−**", "-"],
+        ["typical: lowest quarter", "400", f"{share}, -2.0 **−**", "-"],
         ["colour: red", "400", f"{share}, -3.1 **−**", "20.0, - ?"],
     ]
 
@@ -348,10 +358,13 @@ def test_words_causes_and_epochs(copy):
     first, other = filled("analysis words / mine")
     assert first[2:] == ["surfer ×0.41\\*; snow ×0.70", "smiling ×1.90"]
     assert other[2:] == ["nothing seen"] * 2
+    chinese = filled("analysis words / mine", "zh")[0]
+    assert chinese[1:] == ["文搜图", *first[2:]]  # the words of captions stay
     assert filled("analysis summary / mine") == [
         ["text to image: hub share", "7.1"],
         ["text to image: misses", "4,321"],
         ["text to image: misses accepted", "12.3 [11.0, 13.1]"],
+        ["image to text: rank against lead", "0.00"],
         ["modality gap", "0.62"],
         ["text to image: R@1 of the surest tenth", "61.7 [4.0, 6.0]"],
         ["text to image: R@1 of the least sure tenth", "1.2 [4.0, 6.0]"],
@@ -401,7 +414,7 @@ def test_the_tables_words_have_chinese():
     """Heads, groups, measures and findings; the words of captions stay."""
     words = {kind for kind in WORDS["themes"]} - {"what it speaks of"}
     words |= {name for lists in WORDS["themes"].values() for name in lists}
-    words |= {*analysis.MEANING, *analysis.WAYS.values(), "people", "none of these"}
+    words |= {*analysis.MEANING, *analysis.WAYS.values(), "people", *findings.NAMES.values()}
     heads = [parts_of(page, r"^\| ([^\n]*) \|\n\| ---") for page in REPORTS]
     words |= {cell for head in heads[0] for cell in head.split(" | ")}
     assert not words - {*CHINESE}
