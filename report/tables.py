@@ -1,10 +1,12 @@
-"""The tables of README.md and of the pages in this folder, made from the CSV files beside them.
+"""The tables of both READMEs and of the pages in this folder, made from the CSV files beside them.
 
 `python report/tables.py` writes them between <!-- table: NAME --> and <!-- end --> and draws the
 path to the best recipe; with --check it only says whether the pages still agree with the data.
+A page named *.zh.md has the same tables, their words in Chinese as report/chinese.json has them.
 """
 
 import csv
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project above this folder
 
+from report import findings
 from support.command import Parser, UserError, atomic_write, run
 from support.figures import INK, PALETTE, canvas, wrapped, write
 
@@ -25,7 +28,7 @@ RECALLS = "i2t R@1 / 5 / 10|t2i R@1 / 5 / 10"
 def read(name: str) -> Rows:
     """The rows of a CSV file of this folder. Raises UserError."""
     try:
-        with (HERE / name).open(newline="", encoding="utf-8") as file:
+        with (HERE / name).open(newline="", encoding="utf-8-sig") as file:
             return list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {HERE / name}: {error}") from error
@@ -84,14 +87,19 @@ def table(head: str, runs: list[Rows]) -> str:
     """A Markdown table with a line a run; a column is one of CELLS, or one of the file's own."""
     names = head.split("|")
     lines = [[CELLS[c](rows) if c in CELLS else rows[-1][c] for c in names] for rows in runs]
-    lines = [names, ["---"] * len(names), *lines]
+    return markdown([names, *lines])
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """Lines of cells, the heads first, as a Markdown table."""
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
     return "\n".join(["", *(f"| {' | '.join(line)} |" for line in lines), ""])
 
 
 def results() -> str:
     """Ours and published ones on Flickr8k's test split, from the weakest to the strongest."""
     runs = [pick(name, "test") for name in ("assignment", "scratch", "best", "best-hour")]
-    runs += [[row] for row in read("published.csv")]
+    runs += [[row] for row in read("published.csv") if row["split"] == "by image"]
     runs.sort(key=lambda rows: float(mean(rows, "i2t_r1")))
     return table(f"model|image network|{RECALLS}|medr|minutes|source", runs)
 
@@ -121,14 +129,45 @@ def films(splits: str, *names: str) -> str:
 def by_seed(name: str) -> str:
     """A recipe's runs on the test split, one by one, and all of them together."""
     rows = pick(name, "test")
-    return table(f"seed|{RECALLS}|95% i2t|95% t2i|minutes", [*([row] for row in rows), rows])
+    return table(
+        f"seed|{RECALLS}|95% i2t|95% t2i|minutes",
+        [*([row] for row in rows), *[rows] * (len(rows) > 1)],
+    )
 
 
+def leak() -> str:
+    """One model on a split by image and on one by caption line, and the public report's figures."""
+    runs = [pick(name, "test") for name in ("assignment", "assignment, split by caption line")]
+    runs = [
+        [{**row, "split": split} for row in rows] for rows, split in zip(runs, SPLITS, strict=True)
+    ]
+    runs += [[row] for row in read("published.csv") if row["split"] == SPLITS[1]]
+    table_of = table(f"model|split|{RECALLS}|source", [rows for rows in runs if rows])
+    return table_of + ("" if runs[1] else f"\n{UNKNOWN}: {SPLITS[1]}\n")
+
+
+def analysis(part: str, *names: str) -> str:
+    """What evaluate.py --analysis found about several models, side by side."""
+    known = [name for name in names if (HERE / "analysis" / name).is_dir()]
+    models = {
+        name: {file: read(f"analysis/{name}/{file}.csv") for file in findings.FILES}
+        for name in known
+    }
+    lines = markdown(findings.PARTS[part](models)) if models else ""
+    missing = [name for name in names if name not in known]
+    return lines + (f"\n{UNKNOWN}: {'; '.join(missing)}\n" if missing else "")
+
+
+SPLITS = ("by image", "by caption line")
+UNKNOWN = "not measured yet"
 TABLES: dict[str, Callable[..., str]] = {
     "results": results,
     "seeds": by_seed,
     "path": lambda: table(f"run|typed|{RECALLS}|mean|bought|minutes|seeds|note", group("path")),
     "journal": lambda name: table(f"run|{RECALLS}|mean|minutes|seeds|note", group(name)),
+    "changes": lambda: table("run|mean|bought|seeds", group("path")),
+    "leak": leak,
+    "analysis": analysis,
     "films": films,
     "value": lambda name, split, key: mean(pick(name, split), key),
 }
@@ -142,6 +181,34 @@ def fill(marked: re.Match[str]) -> str:
         return before + TABLES[kind](*rest.split(" / ") if rest else ()) + after
     except (KeyError, ValueError, TypeError, IndexError) as error:
         raise UserError(f"nothing is known for <!-- table: {name} -->: {error!r}") from error
+
+
+def dictionary() -> dict[str, str]:
+    """The tables' words in Chinese. Raises UserError."""
+    try:
+        return json.loads((HERE / "chinese.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {HERE / 'chinese.json'}: {error}") from error
+
+
+def fill_chinese(marked: re.Match[str]) -> str:
+    """The same, each cell in Chinese as far as report/chinese.json has it. Raises UserError."""
+    mark, text, end = re.fullmatch(r"(<.*?-->)(.*)(<.*)", fill(marked), re.DOTALL).groups()
+    words = dictionary()
+    lines = (line.strip("| ").split(" | ") if "|" in line else [line] for line in text.split("\n"))
+    cells = ([translated(cell, words) for cell in line] for line in lines)
+    return mark + "\n".join(f"| {' | '.join(c)} |" if len(c) > 1 else c[0] for c in cells) + end
+
+
+def translated(text: str, words: dict[str, str]) -> str:
+    """A cell by a dictionary, part by part; what it lacks, and every number, stays."""
+    if text in words:
+        return words[text]
+    for mark in ("; ", ": "):
+        if mark in text:
+            return mark.join(translated(part, words) for part in text.split(mark))
+    name, number = re.fullmatch(r"(.*?)((?: [+-][\d.]+)?)", text, re.DOTALL).groups()
+    return re.sub(r"(?<=\d) to (?=\d)", " 至 ", words.get(name, name) + number)
 
 
 def draw_path(path: Path, runs: list[Rows]) -> None:
@@ -173,11 +240,11 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="tables.py", description="Makes the pages' tables from report/runs.csv.")
     parser.add_argument("--check", action="store_true", help="only say whether the pages agree")
     check = parser.parse_args(argv).check
-    for page in [HERE.parent / "README.md", *sorted(HERE.glob("*.md"))]:
+    for page in sorted([*HERE.parent.glob("README*.md"), *HERE.glob("*.md")]):
         text = page.read_text("utf-8")
-        filled = MARKED.sub(fill, text)
+        filled = MARKED.sub(fill_chinese if page.name.endswith(".zh.md") else fill, text)
         if check and filled != text:
-            raise UserError(f"{page.name} does not agree with runs.csv: python report/tables.py")
+            raise UserError(f"{page.name} does not agree with its data: python report/tables.py")
         if filled != text:
             with atomic_write(page) as temporary:
                 temporary.write_text(filled, "utf-8")
