@@ -45,7 +45,8 @@ from support.options import block_count, config_of, per_data
 def build_parser() -> Parser:
     parser = Parser(prog="train.py", description="Trains a miniature CLIP.")
     text = "a list of runs: recipes/NAME.txt or a file; best is the strongest in 15 minutes"
-    parser.add_argument("--recipe", default="assignment", metavar="NAME", help=text)
+    text += " (default: assignment; plain, one run, where that does not fit)"
+    parser.add_argument("--recipe", metavar="NAME", help=text)
     add_data_flags(parser, data="Flickr8k", splits="auto")
     share, count = number(float, 0, 0.95), number(int, 1, 100_000)
     size, rate = number(int, 1, 10_000), number(float, 0, 10, above=True)
@@ -101,6 +102,8 @@ def build_parser() -> Parser:
     flag("--batch-size", type=number(int, 2, 65_536), help=text)
     flag("--lr", type=rate, help=f"AdamW's learning rate at its peak ({per_data('lr')})")
     flag("--tower-lr", type=rate, default=1e-4, help="the same for pretrained towers")
+    text = "the same for a text tower that has learned before (default: as --lr or --tower-lr)"
+    flag("--text-lr", type=rate, help=text)
     text = "not on norms, biases and logit_scale"
     flag("--weight-decay", type=number(float, 0, 10), default=0.1, help=text)
     flag("--schedule", choices=SCHEDULES, default="cosine", help="learning rate after warm-up")
@@ -143,13 +146,17 @@ def learning_rate(step: int, steps: int, warmup: int, schedule: str = "cosine") 
 def build_optimizer(model: CLIP, loss: nn.Module, options: argparse.Namespace) -> torch.optim.AdamW:
     """AdamW; norms, biases and logit_scale (all with fewer than two dimensions) do not decay.
 
-    Each group holds its peak learning rate as `peak`: --tower-lr for a pretrained tower.
+    Each group holds its peak learning rate as `peak`: --tower-lr for a pretrained tower, --text-lr
+    for the text tower and its projection.
     """
     rates = {}  # of a tower's weights; with --captions-alone both towers are the text tower
     towers = (model.image_tower, options.image_weights), (model.text_tower, options.text_weights)
     for tower, source in towers:
         rate = options.lr if source == "none" else options.tower_lr
         rates |= dict.fromkeys(tower.parameters(), rate)
+    if options.text_lr:
+        texts = *model.text_tower.parameters(), *model.text_projection.parameters()
+        rates |= dict.fromkeys(texts, options.text_lr)
     groups = defaultdict(list)  # (peak rate, decay) -> weights
     for weight in [*model.parameters(), *loss.parameters()]:
         if weight.requires_grad:

@@ -109,8 +109,8 @@ def embed_folder(trained: Trained, options: Namespace) -> Pictures:
 def whole_history(trained: Trained) -> list[dict[str, float]]:
     """The history of the (first) run up to its last epoch: best.pt ends with the best one."""
     history = trained.content["history"]
-    of_recipe = trained.path.with_name("recipe.txt").is_file()  # its runs have folders of their own
-    for last in trained.path.parent.glob("*/last.pt" if of_recipe else "last.pt"):
+    folder = trained.path.parent  # of a recipe, it may be, whose runs have folders of their own
+    for last in (*folder.glob("last.pt"), *folder.glob("*/last.pt")):
         with contextlib.suppress(UserError):  # it may be damaged where best.pt is whole
             content = load_checkpoint(last)
             if same_run(trained.content, content):

@@ -71,7 +71,7 @@ def find_fonts(text: str) -> None:
     MISSING.update(lacking)
     needed = {font_for(chr(letter)) for letter in lacking} - SAID
     if needed:
-        shown = "".join(map(chr, sorted(lacking)[:5]))
+        shown = f"U+{min(lacking):04X}"  # not the letter, which a console may lack as well
         warn(
             f"letters such as {shown} are drawn as boxes: no installed font has them; install "
             f"{' and '.join(sorted(needed))}"

@@ -44,6 +44,7 @@ def idle(options: Namespace) -> dict[str, list[str]]:
         (text == "bag", ["text_layers"], "a bag of words has none"),
         (not options.train_text and not pretrained, ["dropout"], "the text tower is frozen"),
         (not any(learning), ["tower_lr"], "no pretrained tower learns"),
+        (not options.train_text, ["text_lr"], "the text tower is frozen"),
         (
             not maps and not options.captions_alone,
             ["map_crop"],

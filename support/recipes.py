@@ -9,14 +9,17 @@ import re
 import shlex
 import sys
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models import IMAGE_TOWERS, TEXT_TOWERS
 from support import stopping
 from support.checkpoint import load_checkpoint, save_checkpoint
-from support.command import HERE, UserError, atomic_write, dashed, warn
+from support.command import HERE, UserError, atomic_write, dashed, later, warn
 from support.device import choose_device, choose_precision
 from support.folders import free_name, owned, refuse_used
 from support.idle import say_idle
@@ -56,6 +59,29 @@ def read_recipe(name: str) -> Recipe:
     return runs
 
 
+def default_recipe(typed: dict[str, Any]) -> str:
+    """`assignment`; or `plain`, one run, where its text tower cannot learn from captions first."""
+    data, flags = typed.get("data", "Flickr8k"), typed.keys()
+    towers = IMAGE_TOWERS.get(typed.get("image_tower")), TEXT_TOWERS.get(typed.get("text_tower"))
+    if data == "shapes":
+        return "plain"  # its scenes teach both towers at once, in two minutes
+    if {"init", "captions_alone", "image_weights", "text_weights", "train_text"} & flags:
+        return "plain"
+    if (towers[0] and towers[0].weights != "none") or (towers[1] and towers[1].pretrained):
+        return "plain"
+    try:
+        counts = Counter(
+            row.image for row in later("sources.layouts", "read_folder")(Path(data)).rows
+        )
+    except (UserError, OSError):  # which loading the data will say better
+        return "assignment"
+    counts = Counter(row.image for row in captions.rows)
+    if 2 * sum(count > 1 for count in counts.values()) >= len(counts):
+        return "assignment"
+    print("recipe plain: most images have one caption, from which alone no text tower learns")
+    return "plain"
+
+
 def as_words(typed: dict[str, Any]) -> list[str]:
     """Flags as they would be typed."""
     words = []
@@ -72,7 +98,8 @@ def begin_anew(typed: dict[str, Any], parser: Parser, train: Callable[..., int])
 
     The folder is --out, or one named after the data and the time.
     """
-    recipe = read_recipe(typed.get("recipe", "assignment"))
+    typed.setdefault("recipe", default_recipe(typed))
+    recipe = read_recipe(typed["recipe"])
     flags = [parser.typed(words) for _, words in recipe]
     options = resolve(parser, typed, flags[0])
 
@@ -118,10 +145,13 @@ def run_recipe(
 ) -> int:
     """Goes through a recipe's runs; a finished one is skipped, one that was stopped goes on.
 
-    A run whose --init names an earlier run of the recipe starts from its best checkpoint. What no
-    other run starts from stands side by side in out/best.pt.
+    A run whose --init names an earlier run of the recipe starts from its best checkpoint. The only
+    run from which no other starts has the recipe's folder, and each other one a folder in it; of
+    several such runs the best checkpoints stand side by side in out/best.pt.
     """
     said = {flag: x for flag, x in typed.items() if flag not in OF_THE_MACHINE}
+    if "resume" in typed:
+        said.pop("epochs", None)  # which is of the last runs alone
     if not (out / "recipe.txt").is_file() or "data" in typed:
         for place, (name, words) in enumerate(runs):
             flags = parser.typed(words)
@@ -132,28 +162,38 @@ def run_recipe(
         with atomic_write(out / "recipe.txt") as temporary:
             lines = [f"{name}: {shlex.join(words)}\n" for name, words in runs]
             temporary.write_text("".join(lines), "utf-8")
-    machine = {flag: x for flag, x in typed.items() if flag in OF_RECIPES}
-    begun = set()  # runs that others start from
+    ends = last_runs(runs, parser)
     for place, (name, words) in enumerate(runs, 1):
         print(f"run {place} of {len(runs)}: {name}", flush=True)
-        flags, earlier = {**parser.typed(words), **machine}, None
+        may_change = {*OF_RECIPES, *(["epochs"] if name in ends else [])}
+        now = {flag: x for flag, x in typed.items() if flag in may_change}
+        flags, earlier, folder = {**parser.typed(words), **now}, None, folder_of(name, ends, out)
         if flags.get("init") in dict(runs):
-            begun.add(flags["init"])
             flags["init"] = str(out / flags["init"])
-        with owned(out / name):
-            if (out / name / "last.pt").is_file():
-                options, earlier = resumed(out / name, machine, parser)
+        with owned(folder) if folder != out else nullcontext():
+            if (folder / "last.pt").is_file():
+                options, earlier = resumed(folder, now, parser)
             else:
                 options = resolve(parser, flags, {})
                 say_idle(options, flags, {})
-            code = train(options, out / name, earlier, out)
+            code = train(options, folder, earlier, out)
         if code:
             return code
-    members = [name for name, _ in runs if name not in begun]
-    contents = [load_checkpoint(out / name / "best.pt") for name in members]
-    save_checkpoint(out / "best.pt", {"members": contents} if members[1:] else contents[0])
-    print(f"wrote {out / 'best.pt'} ({' side by side with '.join(members)})")
+    if len(ends) > 1:
+        contents = [load_checkpoint(out / name / "best.pt") for name in ends]
+        save_checkpoint(out / "best.pt", {"members": contents})
+        print(f"wrote {out / 'best.pt'} ({' side by side with '.join(ends)})")
     return 0
+
+
+def last_runs(runs: Recipe, parser: Parser) -> list[str]:
+    """The runs of a recipe from which no other starts."""
+    begun = {parser.typed(words).get("init") for _, words in runs}
+    return [name for name, _ in runs if name not in begun]
+
+
+def folder_of(name: str, ends: list[str], out: Path) -> Path:
+    return out if [name] == ends else out / name
 
 
 def go_on(typed: dict[str, Any], parser: Parser, train: Callable[..., int]) -> int:
@@ -168,7 +208,7 @@ def go_on(typed: dict[str, Any], parser: Parser, train: Callable[..., int]) -> i
         if not (place / "recipe.txt").is_file():
             options, earlier = resumed(place, typed, parser)
             return train(options, out, earlier, out)
-        if kept := typed.keys() - {*OF_RECIPES, "out", "resume"}:
+        if kept := typed.keys() - {*OF_RECIPES, "epochs", "out", "resume"}:
             flags = ", ".join(dashed(f"--{flag}") for flag in sorted(kept))
             raise UserError(f"--resume: the runs of a recipe keep their {flags}; leave it out")
         recipe = read_recipe(str(out / "recipe.txt"))
@@ -181,10 +221,11 @@ def go_on(typed: dict[str, Any], parser: Parser, train: Callable[..., int]) -> i
 
 def check_moved(out: Path, recipe: Recipe, typed: dict[str, Any], parser: Parser) -> None:
     """Raises UserError when the data of a recipe that is resumed with --data are others."""
-    for name, _ in recipe:
-        if (out / name / "last.pt").is_file():
+    ends = last_runs(recipe, parser)
+    for folder in (folder_of(name, ends, out) for name, _ in recipe):
+        if (folder / "last.pt").is_file():
             flags = {flag: x for flag, x in typed.items() if flag in OF_RECIPES}
-            options, earlier = resumed(out / name, flags, parser)
+            options, earlier = resumed(folder, flags, parser)
             read_data(options, earlier)
             return
 

@@ -159,7 +159,8 @@ def write_bert(folder: Path, **changes: object) -> Path:
     return folder
 
 
-TINY = (
+TINY = (  # one run: the default is a recipe of several
+    *("--recipe", "plain"),
     *("--image-size", "32", "--text-width", "32", "--text-layers", "1", "--embed-dim", "32"),
     *("--batch-size", "16", "--lr", "0.001", "--precision", "fp32", "--workers", "0"),
 )

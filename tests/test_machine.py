@@ -212,14 +212,14 @@ def test_a_recipe_goes_on_after_its_data_have_moved(tmp_path: Path, capsys):
     words = start(data, out, cache, *QUICK, "--recipe", tmp_path / "two.txt")
     assert run_train(*words) == 0
     (out / "best.pt").unlink()
-    shutil.rmtree(out / "b")
+    (out / "last.pt").unlink()
     data.rename(tmp_path / "new")
     other = write_kaggle(tmp_path / "other", 30)
     with pytest.raises(UserError, match="differs from the run's data"):
         run_train("--resume", out, "--data", other, "--cache", cache)
-    assert not (out / "b").exists()
+    assert not (out / "last.pt").exists()
     assert run_train("--resume", out, "--data", tmp_path / "new", "--cache", cache) == 0
-    assert load_checkpoint(out / "b" / "last.pt")["config"]["data"] == str(tmp_path / "new")
+    assert load_checkpoint(out / "last.pt")["config"]["data"] == str(tmp_path / "new")
     assert run_train("--resume", out, "--cache", cache) == 0  # it has learned where they are
 
 

@@ -1,6 +1,7 @@
 """What a run is asked to do: defaults that fit the data, recipes, --init, contradictions."""
 
 import shlex
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import train
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command import UserError
 from support.options import ALL, block_count, config_of, resolve
-from support.recipes import RECIPES, as_words, read_recipe
+from support.recipes import RECIPES, as_words, default_recipe, last_runs, read_recipe
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.txt"))
 
@@ -58,8 +59,8 @@ def test_defaults_fit_the_data():
     assert resolved("--data shapes --image-augment light").image_augment == "light"
 
 
-def test_the_assignment_is_what_no_flag_gives():
-    [(_, words)] = read_recipe("assignment")
+def test_the_plain_run_is_what_no_flag_gives():
+    [(_, words)] = read_recipe("plain")
     plain = resolved()
     assert plain == resolved("", shlex.join(words))
     assert plain.image_weights == plain.text_weights == "none"
@@ -189,8 +190,9 @@ def test_an_unknown_recipe_lists_the_known(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_resolves(walk, tmp_path, name, data):
     runs = walk("--recipe", name, "--data", data, "--out", str(tmp_path / "run"))
-    names = [run for run, _ in read_recipe(name)]
-    assert list(runs) == (names if len(names) > 1 else ["run"])
+    names, parser = [run for run, _ in read_recipe(name)], train.build_parser()
+    ends = last_runs(read_recipe(name), parser)
+    assert list(runs) == ["run" if [run] == ends else run for run in names]
     for options in runs.values():
         assert options.recipe == name
         contradicts = options.image_augment != "none", options.test_mirror, options.map_crop
@@ -212,15 +214,47 @@ def test_what_the_recipes_promise(walk, tmp_path):
     assert beside.image_tower == "efficientnet_lite1" and beside.init is None
     hour = walk("--recipe", "best-hour", "--data", "x", "--out", str(tmp_path / "hour"))
     assert sum(options.epochs for options in hour.values()) == 3 * 11
-    captions, small, large = walk(
-        "--recipe", "scratch", "--data", "x", "--out", str(tmp_path / "scratch")
-    ).values()
-    for options in (captions, small, large):
-        assert options.image_weights == options.text_weights == "none"
-        assert (options.text_tower, options.text_width) == ("bag", 512)
-    assert captions.captions_alone and not small.captions_alone and not large.captions_alone
-    assert (captions.train_text, small.train_text, large.train_text) == (ALL, 0, 0)
-    assert (small.image_size, large.image_size) == (64, 96)
+    for name, tower, learning in (("scratch", "bag", 0), ("assignment", "lstm", ALL)):
+        out = str(tmp_path / name)
+        captions, small, large = walk("--recipe", name, "--data", "x", "--out", out).values()
+        for options in (captions, small, large):
+            assert options.image_weights == options.text_weights == "none"
+            assert (options.image_tower, options.text_tower) == ("resnet18", tower)
+        assert captions.captions_alone and not small.captions_alone and not large.captions_alone
+        assert (captions.train_text, small.train_text, large.train_text) == (
+            ALL,
+            learning,
+            learning,
+        )
+        assert (small.image_size, large.image_size) == (64, 96)
+        inits = [str(Path(out) / run) for run in ("captions", "small")]
+        assert [small.init, large.init] == inits and captions.init is None
+
+
+def default_of(*words: object) -> str:
+    return default_recipe(train.build_parser().typed([str(word) for word in words]))
+
+
+def test_the_default_recipe_fits_data_and_towers(photo_data, tmp_path, capsys):
+    assert default_of("--data", photo_data) == default_of("--data", tmp_path) == "assignment"
+    assert default_of("--data", photo_data, "--text-tower", "transformer") == "assignment"
+    assert default_of("--data", "shapes") == "plain"
+    for words in (
+        ("--init", "run"),
+        ("--captions-alone",),
+        ("--image-tower", "efficientnet_lite2"),
+        ("--text-tower", "minilm"),
+        ("--image-weights", "weights.pth"),
+        ("--train-text", 0),
+    ):
+        assert default_of("--data", photo_data, *words) == "plain", words
+    assert capsys.readouterr().out == ""
+    one_each = tmp_path / "one"
+    shutil.copytree(photo_data / "images", one_each / "images")
+    rows = [f"{path.name},a picture\n" for path in (one_each / "images").iterdir()]
+    (one_each / "captions.txt").write_text("image,caption\n" + "".join(rows))
+    assert default_of("--data", one_each) == "plain"
+    assert "most images have one caption" in capsys.readouterr().out
 
 
 TWO = "a: --lr 0.1 --head mlp --test-mirror --map-crop 0.1\nb: --init a --lr 0.2 --train-image 0\n"
@@ -235,7 +269,7 @@ def test_a_flag_by_hand_wins_in_every_run(walk, tmp_path, data):
         assert (options.lr, options.head, options.seed) == (0.5, "linear", 3)
         assert options.test_mirror and options.data.endswith(data)
     assert runs["a"].map_crop == (0 if data == "shapes" else 0.1)
-    assert runs["b"].train_image == 0 and runs["a"].train_image == ALL
+    assert runs["run"].train_image == 0 and runs["a"].train_image == ALL
 
 
 @pytest.mark.parametrize("data", ["shapes", "photographs"])
@@ -248,8 +282,20 @@ def test_a_recipe_that_goes_on_has_the_options_of_one_never_stopped(walk, tmp_pa
     stopped = walk(*words, "--out", str(out), stop="a")
     assert list(stopped) == ["a"]
     again = walk("--resume", str(out))
-    for name in ("a", "b"):
+    assert list(again) == ["a", "run"]  # the last run has the recipe's folder
+    for name in again:
         assert config_of(again[name]) == config_of(whole[name])
+
+
+def test_a_recipe_goes_further_with_its_last_runs(walk, tmp_path):
+    (tmp_path / "four.txt").write_text("a:\nb: --init a\nc: --init a --epochs 3\nd: --epochs 4\n")
+    out = tmp_path / "run"
+    walk("--recipe", str(tmp_path / "four.txt"), "--data", "x", "--out", str(out))
+    again = walk("--resume", str(out), "--epochs", "20")
+    epochs = {name: options.epochs for name, options in again.items()}
+    assert epochs == {"a": 15, "b": 20, "c": 20, "d": 20}
+    with pytest.raises(UserError, match="the runs of a recipe keep their --lr"):
+        train.main(["--resume", str(out), "--lr", "0.1"])
 
 
 # ---------------------------------------------------------------------------------- --init
@@ -260,7 +306,7 @@ def earlier(walk, tmp_path):
     """The folder of a run with a model of its own."""
     out = tmp_path / "earlier"
     model = "--text-tower lstm --text-width 64 --head mlp --embed-dim 48 --image-size 64"
-    rest = "--lr 0.01 --loss triplet --epochs 3 --seed 5 --data x"
+    rest = "--lr 0.01 --loss triplet --epochs 3 --seed 5 --data x --recipe plain"
     walk(*model.split(), *rest.split(), "--out", str(out))
     return out
 
