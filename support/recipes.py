@@ -70,9 +70,7 @@ def default_recipe(typed: dict[str, Any]) -> str:
     if (towers[0] and towers[0].weights != "none") or (towers[1] and towers[1].pretrained):
         return "plain"
     try:
-        counts = Counter(
-            row.image for row in later("sources.layouts", "read_folder")(Path(data)).rows
-        )
+        captions = later("sources.layouts", "read_folder")(Path(data))
     except (UserError, OSError):  # which loading the data will say better
         return "assignment"
     counts = Counter(row.image for row in captions.rows)

@@ -706,6 +706,15 @@ def test_captions_alone_move_the_text_tower_alone(photo_data: Path, tmp_path: Pa
     assert model_from_checkpoint(content, tmp_path).tokenizer.vocabulary == tokenizer.vocabulary
 
 
+def test_the_text_tower_has_a_rate_of_its_own():
+    options = small_options(lr=0.3, text_lr=0.02)
+    model = build_model(options, Tokenizer.train(["a dog"], 1, 8))
+    groups = train.build_optimizer(model, torch.nn.Module(), options).param_groups
+    peaks = {id(x): group["peak"] for group in groups for x in group["params"]}
+    for name, weight in model.named_parameters():
+        assert peaks[id(weight)] == (0.02 if name.startswith("text_") else 0.3), name
+
+
 @pytest.mark.parametrize("pretrained", ["image", "text"])
 def test_captions_alone_have_the_rate_of_the_text_tower(pretrained: str):
     options = small_options(text_tower="bag", captions_alone=True, lr=0.3, tower_lr=0.1)
