@@ -182,7 +182,8 @@ def train_epoch(
     """
     model, loss, optimizer, scaler = run.learner.train(), run.loss, run.optimizer, run.scaler
     steps = len(run.pairs["train"].sampler(options))
-    batches = batches or run.pairs["train"].batches(epoch, options, model.device)
+    if not batches:  # those of --init's epochs do not come again: they are known by heart
+        batches = run.pairs["train"].batches(options.epochs_before + epoch, options, model.device)
     total = seen = 0
     clock = time.perf_counter()
     bar = tqdm(batches, f"epoch {epoch}", steps, unit="batch", leave=False, disable=None)
@@ -270,7 +271,8 @@ def begin(options: argparse.Namespace, earlier: dict[str, Any] | None = None) ->
     average = later("tricks.averaging", "Average")(learner, options.ema) if options.ema else None
     if average:
         optimizer.register_step_post_hook(lambda *_: average.update())
-    torch.manual_seed(options.seed)  # dropout draws from torch's own generator
+    # Dropout draws from torch's own generator, and after --init not the same as before it.
+    torch.manual_seed(options.seed + 1_000_003 * options.epochs_before)
     run = Run(model, learner, pairs, loss, optimizer, scaler, average, [])
     return restore(run, earlier) if earlier else run
 

@@ -45,13 +45,16 @@ def resolve(parser: Parser, typed: dict[str, Any], recipe: dict[str, Any]) -> Na
     checkpoint. Raises UserError for flags that contradict each other.
     """
     defaults, recipe, inherited = parser.defaults(), suited(recipe, typed), {}
+    epochs_before = 0  # what the weights of --init have behind them
     if init := {**recipe, **typed}.get("init"):
         earlier = load_checkpoint(checkpoint_in(init))
         if "config" not in earlier:
             raise UserError(f"--init {init} holds several models; name the run of one")
         known = {**defaults, **earlier["config"]}  # with flags that are younger than the checkpoint
         inherited = {flag: known[flag] for flag in parser.group("model")}
+        epochs_before = earlier["config"].get("epochs_before", 0) + earlier["epoch"]
     options = Namespace(**{**defaults, **inherited, **recipe, **typed})
+    options.epochs_before = epochs_before
     shapes = options.data == "shapes"
     if not shapes:
         options.data = str(Path(options.data).resolve())

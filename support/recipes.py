@@ -236,7 +236,8 @@ def resumed(place: Path, typed: dict[str, Any], parser: Parser) -> tuple[Namespa
     content = load_checkpoint(path)
     if "config" not in content:
         raise UserError(f"--resume: {path} holds several models; give the recipe's folder")
-    config = {**parser.defaults(), **content["config"]}  # some flags are younger than it
+    # Some flags are younger than the run, and so is `epochs_before`.
+    config = {**parser.defaults(), "epochs_before": 0, **content["config"]}
     wanted = vars(resolve(parser, typed, {**config, "init": None}))
     for flag in typed.keys() - MAY_CHANGE:
         if wanted[flag] != config[flag]:

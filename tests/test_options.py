@@ -35,7 +35,8 @@ def walk(monkeypatch, tmp_path):
         def trained(options: Namespace, out: Path, earlier: dict | None, home: Path) -> int:
             found[out.name] = options
             for name in ("best.pt", "last.pt"):
-                save_checkpoint(out / name, {"config": config_of(options), "run": out.name})
+                content = {"config": config_of(options), "epoch": 2, "run": out.name}
+                save_checkpoint(out / name, content)
             return 130 if out.name == stop else 0
 
         monkeypatch.setattr(train, "train", trained)
@@ -324,9 +325,16 @@ def test_init_inherits_the_model_and_nothing_else(earlier):
 
 def test_init_of_a_run_from_before_a_flag_was_there(earlier):
     config = load_checkpoint(earlier / "best.pt")["config"]
-    del config["test_mirror"]
-    save_checkpoint(earlier / "best.pt", {"config": config})
+    del config["test_mirror"], config["epochs_before"]
+    save_checkpoint(earlier / "best.pt", {"config": config, "epoch": 2})
     assert resolved(f"--init {earlier} --data x").test_mirror is False
+
+
+def test_init_knows_how_many_epochs_its_weights_have_seen(walk, tmp_path):
+    (tmp_path / "three.txt").write_text("a:\nb: --init a\nc: --init b\nd:\n")
+    words = ("--recipe", str(tmp_path / "three.txt"), "--data", "x", "--out", str(tmp_path / "run"))
+    before = {name: options.epochs_before for name, options in walk(*words).items()}
+    assert before == {"a": 0, "b": 2, "c": 4, "d": 0}  # `walk` says that the best epoch is 2
 
 
 def test_init_of_what_is_no_run(walk, tmp_path):
