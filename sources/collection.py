@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sources.texts import text_ids
 from support.command import HERE, later
 
 CACHE = HERE / ".cache"  # of decoded pictures and features
@@ -75,9 +76,11 @@ class Collection:
             some = [*dict.fromkeys(names)]
             shown = ", ".join([*some[:3], "..."] if len(some) > 3 else some)
             skipped.append(f"{len(names):,} {reason} ({shown})")
+        texts = len(np.unique(text_ids(self.captions)))
+        few = f" of {texts:,} different texts" if 2 * texts < len(self.captions) else ""
         line = (
             f"data {self.path}: {self.layout}, {len(np.unique(self.caption_image)):,} images and "
-            f"{len(self.captions):,} captions; {self.splits} splits (images/captions): "
+            f"{len(self.captions):,} captions{few}; {self.splits} splits (images/captions): "
             f"{', '.join(counts)}; skipped: {'; '.join(skipped) or 'nothing'}; "
             f"fingerprint {self.fingerprint}"
         )

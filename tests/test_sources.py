@@ -635,6 +635,19 @@ def test_a_file_name_that_is_no_text_can_be_printed(photos, load):
     assert b"caf\\udce9.png" in load(photos).summary().encode()
 
 
+def test_captions_that_are_few_texts_are_counted(tmp_path, load):
+    """As where the classes' names stand for captions; five texts an image are no news."""
+    names = write_photos(tmp_path / "images", 12)
+    rows = [
+        (name, f"{'A' if k else 'a'}  picture of class{i % 4}")
+        for i, name in enumerate(names)
+        for k in (0, 1)
+    ]
+    with (tmp_path / "captions.txt").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "caption"), *rows])
+    assert "24 captions of 4 different texts; " in load(tmp_path).summary()
+
+
 def test_fingerprint(tmp_path, load, monkeypatch):
     folder = write_kaggle(tmp_path / "data", 12)
     for part, chosen in (
