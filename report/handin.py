@@ -61,18 +61,17 @@ def kind_of(path: PurePosixPath) -> str:
 
 
 def is_foreign(folder: Path) -> bool:
-    """A folder that is not looked into: hidden, of Python or an environment, or a link."""
+    """A folder that is not looked into: hidden, or of Python or an environment."""
     hidden = folder.name.startswith(".") and folder.name != ".ci"
-    link = folder.is_symlink() or folder.resolve() != folder.parent.resolve() / folder.name
     inside = any((folder / name).exists() for name in ENVIRONMENTS)
-    return hidden or link or inside or folder.name in NOT_OURS
+    return hidden or inside or folder.name in NOT_OURS
 
 
 def collect(root: Path) -> tuple[dict[PurePosixPath, str], Counter[str]]:
     """({path in the project: kind} in order, how many files are left out by their ending)."""
     found: dict[PurePosixPath, str] = {}
     left: Counter[str] = Counter()
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root):  # which follows no link
         here = Path(folder)
         folders[:] = [name for name in folders if not is_foreign(here / name)]
         for name in names:

@@ -285,8 +285,9 @@ GROUPS = [
 ]
 WORD = {"direction": "t2i", "images": 50, "times_low": 0.5, "times_high": 0.9}
 WORD_ROWS = [
-    WORD | {"word": "surfer", "times": 0.412, "finding": "found sooner", "holds_for_all": "yes"},
     WORD | {"word": "snow", "times": 0.7, "finding": "found sooner", "holds_for_all": "no"},
+    WORD | {"word": "surfer", "times": 0.412, "finding": "found sooner", "holds_for_all": "yes"},
+    WORD | {"word": "two", "times": 1.2, "finding": "found later", "holds_for_all": "no"},
     WORD | {"word": "smiling", "times": 1.9, "finding": "found later", "holds_for_all": "no"},
     WORD | {"word": "a", "times": 3, "finding": "no difference seen", "holds_for_all": "no"},
 ]
@@ -356,7 +357,7 @@ def test_groups_side_by_side(copy):
 def test_words_causes_and_epochs(copy):
     write_analysis(copy, "mine")
     first, other = filled("analysis words / mine")
-    assert first[2:] == ["surfer ×0.41\\*; snow ×0.70", "smiling ×1.90"]
+    assert first[2:] == ["surfer ×0.41\\*; snow ×0.70", "smiling ×1.90; two ×1.20"]
     assert other[2:] == ["nothing seen"] * 2
     chinese = filled("analysis words / mine", "zh")[0]
     assert chinese[1:] == ["文搜图", *first[2:]]  # the words of captions stay
