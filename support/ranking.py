@@ -14,8 +14,9 @@ import torch
 
 # Of a score, as a share of its two vectors' lengths: equal vectors differ by less in float64.
 TIE = 1e-12
-# A block lies in a core's own cache, and a sum of its bytes along either side holds in a byte.
-ROWS, COLUMNS = 250, 1024
+# Products are fastest in larger blocks than comparisons, which want a core's own cache. A sum of
+# bytes (of 250 rows, or of 1360 / 8 columns) holds in a byte.
+ROWS, COLUMNS, COMPARED = 2000, 1360, 250
 
 
 class Side(NamedTuple):
@@ -27,21 +28,18 @@ class Side(NamedTuple):
     low: np.ndarray  # (n,), float32: a float32 score below it is certainly below the limit
     high: np.ndarray  # and one that is not below this certainly reaches it
 
-    def part(self, chosen: slice) -> Side:
-        return Side._make(field[chosen] for field in self)
+    def part(self, first: int, count: int) -> Side:
+        return Side._make(field[first : first + count] for field in self)
 
 
 def exact_scores(images: np.ndarray, texts: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     """The products images[i] . texts[j] in float64, (len(i),)."""
-    parts = (
-        np.array_split(np.arange(len(i)), len(i) // 8192 + 1) if len(i) > 8192 else [slice(None)]
-    )
-    return np.concatenate(
-        [
-            np.einsum("nd,nd->n", images.take(i[part], 0), texts.take(j[part], 0), dtype=np.float64)
-            for part in parts
-        ]
-    )
+    scores = np.empty(len(i))
+    for first in range(0, len(i), 8192):
+        part = slice(first, first + 8192)
+        x, y = images.take(i[part], 0), texts.take(j[part], 0)
+        scores[part] = np.einsum("nd,nd->n", x, y, dtype=np.float64)
+    return scores
 
 
 def lengths_of(vectors: np.ndarray) -> np.ndarray:
@@ -77,13 +75,14 @@ def count_below(
         with np.errstate(over="ignore"):  # where they are not in range
             low, high = (limit - distance).astype("f4"), (limit + distance).astype("f4")
         sides.append(Side(vectors, length, limit, low, high))
-    work = partial(count_of_rows, *sides, in_range)
-    starts, threads = range(0, len(images), ROWS), torch.get_num_threads()
+    threads = torch.get_num_threads()
+    rows = max(1, min(ROWS, -(-len(images) // threads)))
+    work = partial(count_of_rows, *sides, in_range, rows)
     of_images, of_texts = [], np.zeros(len(texts_padded), np.int64)
-    # Comparisons are NumPy's, twice as fast as torch's; each thread multiplies on its own.
+    # Comparisons are NumPy's, twice as fast as torch's; so each thread multiplies on its own, too.
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            for in_rows, in_columns in pool.map(work, starts):
+            for in_rows, in_columns in pool.map(work, range(0, len(images), rows)):
                 of_images.append(in_rows)
                 of_texts += in_columns
     finally:
@@ -92,48 +91,60 @@ def count_below(
 
 
 def count_of_rows(
-    images: Side, texts: Side, in_range: bool, start: int
+    images: Side, texts: Side, in_range: bool, count: int, first: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`count_below` of ROWS images."""
-    x = images.part(slice(start, start + ROWS))
-    in_rows, in_columns = np.zeros(len(x.vectors), np.int64), []
-    for first in range(0, len(texts.vectors), COLUMNS):
-        y = texts.part(slice(first, first + COLUMNS))
-        counts = (in_range and count_in_float32(x, y)) or count_in_float64(x, y)
-        in_rows += counts[0]
-        in_columns.append(counts[1])
-    return in_rows, np.concatenate(in_columns)
-
-
-def count_in_float32(x: Side, y: Side) -> tuple[np.ndarray, np.ndarray] | None:
-    """The counts of a block, few doubtful scores of it done again; None where there are many."""
-    rows, columns = (torch.from_numpy(side.vectors.astype("f4", copy=False)) for side in (x, y))
-    scores = (rows @ columns.T).numpy()
-    by_row, by_column = scores < x.high[:, None], scores < y.high
-    doubtful = (words(scores < x.low[:, None]) ^ words(by_row)) | (
-        words(scores < y.low) ^ words(by_column)
-    )
-    found = np.flatnonzero(doubtful != 0)  # of truth values it is four times as fast
-    if len(found) > doubtful.size // 8:
-        return None
-    which, byte = doubtful.view(bool).reshape(-1, 8)[found].nonzero()
-    i, j = np.divmod(found[which] * 8 + byte, len(y.vectors))
-    exact = exact_scores(x.vectors, y.vectors, i, j) + TIE * x.lengths[i] * y.lengths[j]
-    in_rows = words(by_row).sum(1).view(np.uint8).reshape(-1, 8).sum(1, dtype=np.int64)
-    in_columns = words(by_column).sum(0).view(np.uint8).astype(np.int64)
-    np.add.at(in_rows, i, (exact < x.limits[i]).astype(np.int64) - by_row[i, j])
-    np.add.at(in_columns, j, (exact < y.limits[j]).astype(np.int64) - by_column[i, j])
+    """`count_below` of `count` images: in each of them, and in every text among them."""
+    x = images.part(first, count)
+    in_rows, in_columns = (np.zeros(len(side.limits), np.int64) for side in (x, texts))
+    doubtful = [np.empty((4, 0), np.int64)]  # scores: row, column, whether counted in each of them
+    for left in range(0, len(in_columns), COLUMNS):
+        y = texts.part(left, COLUMNS)
+        if in_range:
+            rows, columns = (torch.from_numpy(v.vectors.astype("f4", copy=False)) for v in (x, y))
+            scores = (rows @ columns.T).numpy()
+        for top in range(0, len(in_rows), COMPARED):
+            piece, part = x.part(top, COMPARED), slice(top, top + COMPARED)
+            sums = in_rows[part], in_columns[left : left + COLUMNS]
+            found = count_in_float32(scores[part], piece, y, *sums) if in_range else None
+            if found is None:
+                count_in_float64(piece, y, *sums)
+            else:
+                doubtful.append(found + np.array([[top], [left], [0], [0]]))
+    i, j, in_row, in_column = np.concatenate(doubtful, 1)
+    exact = exact_scores(x.vectors, texts.vectors, i, j) + TIE * x.lengths[i] * texts.lengths[j]
+    np.add.at(in_rows, i, (exact < x.limits[i]) - in_row)
+    np.add.at(in_columns, j, (exact < texts.limits[j]) - in_column)
     return in_rows, in_columns
 
 
-def words(below: np.ndarray) -> np.ndarray:
-    """Eight bytes as one number: sums of them are sums of each byte, up to 255."""
-    return below.view(np.int64)
+def count_in_float32(
+    scores: np.ndarray, x: Side, y: Side, in_rows: np.ndarray, in_columns: np.ndarray
+) -> np.ndarray | None:
+    """Adds the scores below `high` to the counts; returns those that are not below `low`, too.
+
+    They come as (4, n): row, column, whether counted in each. None where there are too many; then
+    nothing is added. Bytes are taken eight at a time, as int64: this is what makes it fast.
+    """
+    by_row, by_column = scores < x.high[:, None], scores < y.high
+    doubtful, other = scores < x.low[:, None], scores < y.low
+    doubtful ^= by_row
+    other ^= by_column
+    doubtful |= other
+    found = np.flatnonzero(doubtful.view(np.int64) != 0)
+    if len(found) > scores.size // 64:
+        return None
+    in_rows += by_row.view(np.int64).sum(1).view(np.uint8).reshape(-1, 8).sum(1, dtype=np.int64)
+    in_columns += by_column.view(np.int64).sum(0).view(np.uint8)
+    which, byte = doubtful.reshape(-1, 8)[found].nonzero()
+    place = found[which] * 8 + byte
+    counted = by_row.ravel()[place], by_column.ravel()[place]
+    return np.stack([*np.divmod(place, scores.shape[1]), *counted])
 
 
-def count_in_float64(x: Side, y: Side) -> tuple[np.ndarray, np.ndarray]:
-    """The counts of a block, every score in float64."""
+def count_in_float64(x: Side, y: Side, in_rows: np.ndarray, in_columns: np.ndarray) -> None:
+    """Adds to the counts what is below its limit, every score in float64 and with its TIE."""
     rows = torch.from_numpy(np.column_stack([x.vectors.astype("f8"), TIE * x.lengths]))
     columns = torch.from_numpy(np.column_stack([y.vectors.astype("f8"), y.lengths]))
     scores = (rows @ columns.T).numpy()
-    return (scores < x.limits[:, None]).sum(1), (scores < y.limits).sum(0)
+    in_rows += (scores < x.limits[:, None]).sum(1)
+    in_columns += (scores < y.limits).sum(0)
