@@ -76,7 +76,7 @@ def test_it_runs_from_anywhere_and_fails_in_one_line(tmp_path: Path):
 def test_the_courses_loop_runs_as_the_benchmark_calls_it(photo_data: Path, tmp_path: Path):
     words = ["--data", photo_data, "--cache", tmp_path / "cache", *TINY, "--batches", 2]
     assert benchmark.course_rate([str(word) for word in words]) > 0
-    with pytest.raises(UserError, match="course_loop.py: .*missing"):
+    with pytest.raises(UserError, match=r"course_loop\.py: .*missing"):
         benchmark.course_rate(["--data", str(tmp_path / "missing")])
 
 
