@@ -24,13 +24,12 @@ from models import CLIP
 from support.command import Parser, UserError, later, output, run, say_unused, warn
 from support.device import keep_memory
 from support.embedding import Trained, embed_pairs, load_trained, side_by_side, trained_on
+from support.ranking import TIE, count_below, exact_scores, lengths_of
 from support.remarks import unread
 
 # ------------------------------------------------------------------------- ranks and recalls
 
 KS = (1, 5, 10)
-# Scores are float64 products of float32 vectors, so equal vectors differ by less than this.
-TIE = 1e-12
 
 
 def retrieval_ranks(
@@ -45,38 +44,27 @@ def retrieval_ranks(
     computed in blocks, never all at once. Raises ValueError when an image has no caption.
     """
     images, texts = finite_or_nan(image_embeddings), finite_or_nan(text_embeddings)
-    owner = torch.as_tensor(np.asarray(caption_image), dtype=torch.int64)
+    owner = np.asarray(caption_image, np.int64)
     count, pool = len(images), len(texts)
-    if (torch.bincount(owner, minlength=count) == 0).any():
+    if (np.bincount(owner, minlength=count) == 0).any():
         raise ValueError("an image has no caption")
-    true = torch.empty(pool, dtype=torch.float64)  # each caption's score with its image
-    for first in range(0, pool, 8192):
-        part = slice(first, first + 8192)
-        true[part] = (images[owner[part]].double() * texts[part].double()).sum(1)
-    best = torch.full((count,), -math.inf, dtype=torch.float64)
-    best = best.scatter_reduce(0, owner, true.nan_to_num(nan=-math.inf), "amax")
+    true = exact_scores(images, texts, owner, np.arange(pool))  # of each caption with its image
+    best = np.full(count, -math.inf)
+    np.fmax.at(best, owner, true)  # passes NaN over
     best[best == -math.inf] = math.nan
-    as_good, ahead = ~(true < best[owner] - TIE), torch.zeros(count, dtype=torch.int64)
-    ahead -= torch.zeros_like(ahead).scatter_add_(0, owner, as_good.long())
-    behind = torch.zeros(pool, dtype=torch.int64)  # counts the own image too: a rank from 1
-    for top in range(0, count, 1024):
-        rows = slice(top, top + 1024)
-        queries, limits = images[rows].double(), best[rows, None] - TIE
-        for left in range(0, pool, 8192):
-            columns = slice(left, left + 8192)
-            scores = queries @ texts[columns].double().T
-            ahead[rows] += (~(scores < limits)).sum(1)
-            behind[columns] += (~(scores < true[columns] - TIE)).sum(0)
-    i2t = torch.where(best.isnan(), math.inf, (ahead + 1).double())
-    t2i = torch.where(true.isnan(), math.inf, behind.double())
-    return i2t.numpy(), t2i.numpy()
+    tie = TIE * (lengths_of(images)[owner] * lengths_of(texts))
+    as_good = np.bincount(owner, ~(true + tie < best[owner]), count)
+    worse_captions, worse_images = count_below(images, texts, best, true)
+    i2t = np.where(np.isnan(best), math.inf, 1 + pool - worse_captions - as_good)
+    t2i = np.where(np.isnan(true), math.inf, count - worse_images)  # the own one ties: from 1
+    return i2t, t2i
 
 
-def finite_or_nan(embeddings: np.ndarray) -> torch.Tensor:
+def finite_or_nan(embeddings: np.ndarray) -> np.ndarray:
     """An embedding with one number that is not finite becomes NaN all over: it never matches."""
-    tensor = torch.as_tensor(embeddings)
-    finite = torch.cat([part.isfinite().all(1) for part in tensor.split(8192)])
-    return tensor if finite.all() else tensor.masked_fill(~finite[:, None], math.nan)
+    embeddings = np.asarray(embeddings)
+    finite = np.isfinite(embeddings).all(1)
+    return embeddings if finite.all() else np.where(finite[:, None], embeddings, math.nan)
 
 
 def recall_at_k(ranks: np.ndarray, k: int) -> float:

@@ -38,6 +38,7 @@ from support.checkpoint import contents, restore, save_checkpoint
 from support.command import Parser, later, number, run
 from support.device import AUTOCAST, choose_device, choose_precision, keep_memory
 from support.options import block_count, config_of, per_data
+from support.precision import faster_precision
 
 # ------------------------------------------------------------------------------- the flags
 
@@ -114,7 +115,7 @@ def build_parser() -> Parser:
     flag("--patience", type=count, metavar="N", help="stop after N epochs without a better recall")
     flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all that is random")
     flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    text = "of the towers in training; auto asks the device"
+    text = "of the towers in training; auto: what this machine is faster in"
     flag("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=text)
 
     flag = parser.add_argument_group("output").add_argument
@@ -252,9 +253,11 @@ def begin(options: argparse.Namespace, earlier: dict[str, Any] | None = None) ->
     options.precision = choose_precision(options.precision, device)
     dataset = runs.read_data(options, earlier)
     model = runs.model_of(options, dataset, earlier).to(device)
-    model.autocast = AUTOCAST[options.precision]
     hold_back(model.image_tower, options.train_image)
     hold_back(model.text_tower, options.train_text)
+    if options.precision == "auto":
+        options.precision = faster_precision(model, options)
+    model.autocast = AUTOCAST[options.precision]
     pairs = {name: dataset.pairs(name, model.tokenizer) for name in ("train", "dev")}
     pairs["train"] = pairs["train"].limited(options.limit, options.seed)
     if options.train_recall:

@@ -38,24 +38,24 @@ def check_numpy() -> None:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """`auto` asks the device; bf16 emulated by a CPU is several times slower than fp32."""
+    """What `auto` means on a device: on a CPU with bf16 instructions it stays `auto`.
+
+    There support/precision.py measures; bf16 that is emulated is several times slower than fp32, on
+    GPUs too. Raises UserError for fp16 on a CPU.
+    """
     if name == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16 needs a GPU; use bf16, fp32 or auto")
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if bf16_in_hardware() else "fp16"
-    tests = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    native = any(getattr(torch.cpu, test, lambda: False)() for test in tests)
-    return "bf16" if device.type == "cpu" and native else "fp32"
+        return "bf16" if torch.cuda.get_device_capability()[0] >= 8 else "fp16"
+    return "auto" if device.type == "cpu" and native_bf16() else "fp32"
 
 
-def bf16_in_hardware() -> bool:
-    """Whether a GPU has bf16 (from compute capability 8.0); an emulated one is slower than fp32."""
-    try:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    except TypeError:  # an older torch, which does not count what is emulated
-        return torch.cuda.is_bf16_supported()
+def native_bf16() -> list[str]:
+    """The bf16 instructions of this CPU, by name."""
+    tests = {"avx512_bf16": "_is_avx512_bf16_supported", "amx": "_is_amx_tile_supported"}
+    return [name for name, test in tests.items() if getattr(torch.cpu, test, lambda: False)()]
 
 
 def keep_memory() -> None:

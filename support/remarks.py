@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from sources.texts import unknown_to_all, words_of
 from support.command import UserError, warn
+from support.precision import describe_precision
 
 if TYPE_CHECKING:
     from dataset import Tokenizer
@@ -71,7 +72,7 @@ def describe(run: Run, options: Namespace) -> str:
         f"model: {options.image_tower} at {options.image_size} px and {options.text_tower}, "
         f"{weights:,} weights of which {learned:,} learn; "
         f"vocabulary {len(tokenizer.vocabulary):,} words, {tokenizer.cut:,} captions cut to "
-        f"{tokenizer.max_tokens} tokens; {options.precision} on {model.device}; "
+        f"{tokenizer.max_tokens} tokens; {describe_precision(options)} on {model.device}; "
         f"{images:,} images in {len(pairs['train'].sampler(options)):,} batches; "
         f"chance on dev: R@1 {100 / dev:.2f}%{few}"
     )

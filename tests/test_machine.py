@@ -32,7 +32,7 @@ from sources import pictures
 from support import runs
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command import Parser, UserError, out_of_memory, output
-from support.device import choose_device, choose_precision
+from support.device import choose_device
 from support.folders import free_name, owned
 
 QUICK = ("--train-image", "0", "--image-augment", "none")
@@ -444,14 +444,6 @@ def test_a_cache_that_stays_damaged_is_an_error(tmp_path: Path, capsys):
 
 
 # --------------------------------------------------------------------------- devices of others
-
-
-def test_bf16_that_is_emulated_is_not_taken(monkeypatch):
-    def supported(including_emulation: bool = True) -> bool:  # a T4
-        return including_emulation
-
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    assert choose_precision("auto", torch.device("cuda")) == "fp16"
 
 
 def test_a_torch_too_old_for_numpy_is_said(monkeypatch):

@@ -310,12 +310,13 @@ def test_choose_precision(monkeypatch):
     with pytest.raises(UserError, match="--precision fp16 needs a GPU"):
         choose_precision("fp16", cpu)
     assert choose_precision("bf16", cpu) == "bf16" and choose_precision("fp16", cuda) == "fp16"
-    for native, expected in ((True, "bf16"), (False, "fp32")):
+    for native, expected in ((True, "auto"), (False, "fp32")):  # auto: it is measured
         for test in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
             monkeypatch.setattr(torch.cpu, test, lambda native=native: native, raising=False)
         assert choose_precision("auto", cpu) == expected
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda native=native: native)
-        assert choose_precision("auto", cuda) == ("bf16" if native else "fp16")
+    for capability, expected in (((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda x=capability: x)
+        assert choose_precision("auto", cuda) == expected
     assert choose_precision("auto", torch.device("mps")) == "fp32"
 
 

@@ -34,9 +34,9 @@ import train
 from dataset import Captions, Pairs, Tokenizer, load_dataset
 from models import CLIP, build_model, model_from_checkpoint
 from sources.layouts import read_folder
+from support import precision
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command import UserError
-from support.device import choose_precision
 from tricks.averaging import Average
 from tricks.captions_alone import pair_captions
 
@@ -758,23 +758,9 @@ def test_a_run_that_goes_on_sees_batches_and_dropout_of_its_own(
 # ------------------------------------------------------------------------------- precision
 
 
-def test_precision_follows_the_device(monkeypatch):
-    cpu = torch.device("cpu")
-    for native, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(
-            torch.cpu, "_is_avx512_bf16_supported", lambda n=native: n, raising=False
-        )
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-        assert choose_precision("auto", cpu) == expected
-    assert choose_precision("auto", torch.device("mps")) == "fp32"
-    assert choose_precision("bf16", cpu) == "bf16"
-    for supported, expected in ((True, "bf16"), (False, "fp16")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda s=supported: s)
-        assert choose_precision("auto", torch.device("cuda")) == expected
-
-
 def test_the_precision_that_auto_chose_is_kept(photo_data: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(precision, "measure_steps", lambda *_: {"fp32": 2.0, "bf16": 1.0})
     words = start(photo_data, tmp_path / "run", tmp_path / "cache", *QUICK, "--epochs", 1)
     assert run_train(*words, "--precision", "auto") == 0
     assert load_checkpoint(tmp_path / "run" / "last.pt")["config"]["precision"] == "bf16"
