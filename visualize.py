@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 FIGURES = {"posters": later("posters.figures", "draw_films")}
 plain_title = later("posters.films", "plain_title")
 draw_analysis = later("report.analysis_figures", "draw_analysis")
+draw_occlusion = later("report.occlusion", "draw_occlusion")
 
 
 class Pictures(NamedTuple):
@@ -246,6 +247,9 @@ def draw_split(trained: Trained, options: Namespace) -> None:
     title = f"Image to text: the first {k} of {len(pairs.captions):,} captions, own ones marked ✓"
     rows = [image_row(embedded, pictures, i, k) for i in images]
     write(out / "grid_image_to_text.png", draw_grid, title, footer, rows, False)
+    if options.occlusion:
+        content = trained, embedded, pictures.picture, captions.tolist(), footer
+        write(out / "grid_occlusion.png", draw_occlusion, *content)
     title = "Text to image: best cases (rank 1, widest margin), worst ones, the true image framed"
     best, worst = extreme_cases(embedded, 4)
     rows = [text_row(embedded, pictures, i, 2) for i in best]
@@ -297,6 +301,8 @@ def main(argv: list[str]) -> None:
     flag("--query", action="append", default=[], metavar="TEXT", help="only search it; repeatable")
     flag("--images", type=Path, metavar="DIR", help="search this folder of pictures with --query")
     flag("--html", action="store_true", help="only predictions.html: every query, to look through")
+    text = "also grid_occlusion.png: which words and places carry the scores of the captions drawn"
+    flag("--occlusion", action="store_true", help=text)
     text = "only draw what evaluate.py --analysis wrote; repeatable, side by side"
     flag("--analysis", action="append", type=Path, metavar="DIR", help=text)
     flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all that is drawn by lot")

@@ -82,7 +82,7 @@ def draw_groups(path: Path, models: list[Analysis], of_captions: bool, footer: s
     columns = ("against_all", "against_all_low", "against_all_high")
     height = 1 + len(order) * (0.13 + 0.09 * len(models))
     with canvas(path, 9.5, height, title, footer) as (figure, _):
-        panels = figure.subplots(1, 2, sharey=True)
+        panels = figure.subplots(1, 2, sharex=True, sharey=True)
         for axes, way in zip(panels, WAYS, strict=True):
             for shift, model in enumerate(models):
                 rows = {(r["kind"], r["group"]): r for r in model.groups if r["direction"] == way}
@@ -188,21 +188,28 @@ def draw_causes(path: Path, models: list[Analysis], footer: str) -> None:
             axes.legend()
 
 
-def draw_analysis(folders: list[Path], out: Path | None) -> None:
-    """Draws the analyses of some folders side by side and prints what is written. UserError."""
-    looks = zip(folders, cycle(PALETTE[:6]), cycle(MARKERS), strict=False)
-    models = [read_analysis(folder, colour, marker) for folder, colour, marker in looks]
-    out, first = out or folders[0], models[0].about
+def footer_of(models: list[Analysis], intervals: str) -> str:
+    """What was measured and how, and what speaks against it."""
+    first = models[0].about
     checkpoints = "; ".join(f"{model.name}: {model.about['checkpoint']}" for model in models)
     footer = (
         f"{first['splits']} {first['split']} split, {first['images']:,} images, "
-        f"{first['captions']:,} captions; intervals: 95%, bootstrap over pictures; {checkpoints}"
+        f"{first['captions']:,} captions; intervals: 95%, {intervals}; {checkpoints}"
     )
     if any(model.about["split_by_caption"] for model in models):
         footer += "; SPLIT BY CAPTION: flatters"
     if len({model.about["fingerprint"] + model.about["split"] for model in models}) > 1:
         footer += "; NOT THE SAME DATA OR SPLIT in all"
-    write(out / "analysis_captions.png", draw_groups, models, True, footer)
-    write(out / "analysis_pictures.png", draw_groups, models, False, footer)
-    write(out / "analysis_words.png", draw_words, models, footer)
-    write(out / "analysis_causes.png", draw_causes, models, footer)
+    return footer
+
+
+def draw_analysis(folders: list[Path], out: Path | None) -> None:
+    """Draws the analyses of some folders side by side and prints what is written. UserError."""
+    looks = zip(folders, cycle(PALETTE[:6]), cycle(MARKERS), strict=False)
+    models = [read_analysis(folder, colour, marker) for folder, colour, marker in looks]
+    out, drawn = out or folders[0], footer_of(models, "bootstrap over pictures")
+    clustered = footer_of(models, "errors clustered by picture")
+    write(out / "analysis_captions.png", draw_groups, models, True, drawn)
+    write(out / "analysis_pictures.png", draw_groups, models, False, drawn)
+    write(out / "analysis_words.png", draw_words, models, clustered)
+    write(out / "analysis_causes.png", draw_causes, models, drawn)
