@@ -17,10 +17,9 @@ from matplotlib.ticker import NullLocator
 
 from report.analysis import LEAD, WAYS
 from support.command import UserError
-from support.figures import GREY, PALETTE, canvas, wrapped, write
+from support.figures import GREY, MARKERS, PALETTE, canvas, legend_above, wrapped, write
 from support.results import read_csv
 
-MARKERS = "osD^vP"  # models are told apart in greyscale too
 Rows = list[dict[str, str]]
 # The kinds of groups in a figure; a kind that none of them names goes with the pictures.
 CAPTION_KINDS = ("what it speaks of", "number of people", "colour", "number", "action")
@@ -100,7 +99,8 @@ def draw_groups(path: Path, models: list[Analysis], of_captions: bool, footer: s
         names = [wrapped(name, 2.8, 8, 1)[0] for name in names]
         panels[0].set_yticks(np.arange(len(order)) + 0.35, names, size=8)
         panels[0].set_ylim(len(order), -0.3)
-        panels[1].legend(loc="best")
+        for axes in panels:
+            legend_above(axes)
 
 
 def draw_words(path: Path, models: list[Analysis], footer: str) -> None:
@@ -185,7 +185,7 @@ def draw_causes(path: Path, models: list[Analysis], footer: str) -> None:
         for axes, draw in zip(figure.subplots(2, 2).flat, panels, strict=True):
             draw(axes, models)
             axes.grid(True)
-            axes.legend()
+            legend_above(axes, 3)
 
 
 def footer_of(models: list[Analysis], intervals: str) -> str:

@@ -61,11 +61,12 @@ def draw_occlusion(
     embedded: Embedded,
     picture: Callable[[int], Image.Image],
     captions: list[int],
+    name: str,
     footer: str,
 ) -> None:
     """A row a caption: its words, its true picture, and the first one found where that is wrong."""
     pairs, images = embedded.pairs, embedded.image_embeddings
-    title = "What carries the score: words left out, places painted over"
+    title = f"{name}: what carries the score? Words left out, places painted over"
     counts = [len(pairs.captions[i].split()[:MOST_WORDS]) for i in captions]
     heights = [max(2.3, 0.6 + 0.15 * count) for count in counts]
     with canvas(path, 8.6, sum(heights), title, footer) as (figure, _):

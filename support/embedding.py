@@ -3,6 +3,7 @@
 evaluate.py embeds splits; `Trained`, one checkpoint or several, the user's own texts and pictures.
 """
 
+import contextlib
 import math
 from argparse import Namespace
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from sources.texts import unknown_to_all
 from support.checkpoint import load_checkpoint
 from support.command import UserError
 from support.device import choose_device
+from support.options import same_run
 
 
 @torch.inference_mode()
@@ -130,3 +132,15 @@ def trained_on(trained: Trained, dataset: CaptionedImages, rows: np.ndarray) -> 
     """Which of some images a member was trained on, by their content: names are used again."""
     seen = set().union(*(content["train_images"]["digests"] for content in trained.contents))
     return np.array([dataset.digests[i] in seen for i in rows])
+
+
+def whole_history(trained: Trained) -> list[dict[str, float]]:
+    """The history of the (first) run up to its last epoch: best.pt ends with the best one."""
+    history = trained.content["history"]
+    of_recipe = trained.path.with_name("recipe.txt").is_file()  # its runs have folders of their own
+    for last in trained.path.parent.glob("*/last.pt" if of_recipe else "last.pt"):
+        with contextlib.suppress(UserError):  # it may be damaged where best.pt is whole
+            content = load_checkpoint(last)
+            if same_run(trained.content, content):
+                history = max(history, content["history"], key=len)
+    return history

@@ -4,6 +4,7 @@ train.py draws its curves with it after each epoch; visualize.py, posters/ and r
 """
 
 import contextlib
+import math
 import textwrap
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry, findfont, fontManager, get_font
 from matplotlib.text import Text
@@ -22,6 +24,12 @@ from support.command import atomic_write, warn
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
 PALETTE = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442"]
+# And Tol's ten for classes. Markers, lines and hatches tell apart what greyscale does not.
+TEN = ["#332288", "#88CCEE", "#117733", "#DDCC77", "#CC6677", "#44AA99", "#882255", "#999933"]
+TEN += ["#AA4499", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "p"]
+LINES = ["-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 3)), ":"]
+HATCHES = ["", "////", "....", "xxxx"]
 GREEN, RED, GREY, INK = PALETTE[2], PALETTE[3], "#777777", "#222222"
 STYLE = {
     "font.family": ["DejaVu Sans"],  # and what `find_fonts` adds
@@ -31,7 +39,7 @@ STYLE = {
     "grid.alpha": 0.3,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+    "axes.prop_cycle": matplotlib.cycler(color=PALETTE) + matplotlib.cycler(linestyle=LINES),
     "image.cmap": "viridis",
     "lines.markersize": 4,
     "legend.fontsize": 9,
@@ -145,26 +153,65 @@ def write(path: Path, draw: Callable[..., None], *content: Any) -> None:
     print(f"wrote {path}")
 
 
-def draw_curves(history: list[dict[str, float]], path: Path, footer: str = "") -> None:
-    """Draws losses and recalls over epochs; `history` holds a record an epoch. Raises UserError."""
+def legend_above(axes: Axes, columns: int = 4) -> None:
+    """Puts the legend between an axes' title and its lines, none of which it hides."""
+    labels = axes.get_legend_handles_labels()[1]
+    rows = -(-len(labels) // columns)
+    axes.set_title(axes.get_title(), pad=8 + 13 * rows)
+    style = {"frameon": False, "borderaxespad": 0.2, "borderpad": 0, "columnspacing": 1.2}
+    axes.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(columns, len(labels)), **style
+    )
+
+
+def draw_chances(axes: Axes, chances: list[float], unit: str = "") -> None:
+    """A dotted line for what guessing gives of each curve."""
+    for i, chance in enumerate(chances):
+        shown = " / ".join(f"{value:.2g}" for value in chances)
+        label = None if i else f"chance: {shown}{unit}"
+        axes.axhline(chance, color=GREY, linestyle=":", linewidth=1.2, label=label)
+
+
+def draw_curves(
+    history: list[dict[str, float]],
+    path: Path,
+    footer: str = "",
+    name: str = "",
+    images: int = 0,
+    batch: int = 1,
+) -> None:
+    """Draws losses and recalls over epochs; `history` holds a record an epoch. Raises UserError.
+
+    name: the run's; images: of dev, measured in batches of `batch`, 0 if it is not known: what
+    guessing gives of 1,000 images is R@10 = 1%, and a loss of ln(batch).
+    """
     epochs = [record["epoch"] for record in history]
     best = max(history, key=lambda record: record["mean_recall"])  # the first of equals
+    chances = [min(100, 100 * k / images) for k in (1, 5, 10)] if images else []
+    losses = [math.log(images / -(-images // batch))] if images else []
     panels = {
-        "Loss": {"train": "train_loss", "dev": "dev_loss"},
-        "Mean recall on dev": {"mean of the six below": "mean_recall"},
-        "Image to text on dev": {f"R@{k}": f"i2t_r{k}" for k in (1, 5, 10)},
-        "Text to image on dev": {f"R@{k}": f"t2i_r{k}" for k in (1, 5, 10)},
+        "Loss": ({"train": "train_loss", "dev": "dev_loss"}, losses),
+        "Mean recall on dev": ({"mean of six": "mean_recall"}, [sum(chances) / 3] * bool(images)),
+        "Image to text on dev": ({f"R@{k}": f"i2t_r{k}" for k in (1, 5, 10)}, chances),
+        "Text to image on dev": ({f"R@{k}": f"t2i_r{k}" for k in (1, 5, 10)}, chances),
     }
-    title = f"Training: best epoch {best['epoch']}, mean recall on dev {best['mean_recall']:.1f}%"
-    with canvas(path, 9.5, 6, title, footer) as (figure, _):
-        for axes, (name, curves) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-            for (label, key), marker in zip(curves.items(), "os^", strict=False):
+    title = f"best epoch {best['epoch']}, mean recall on dev {best['mean_recall']:.1f}%"
+    title = f"{name or 'Training'}: {title}"
+    highest = max(record[f"{way}_r10"] for record in history for way in ("i2t", "t2i"))
+    with canvas(path, 9.5, 6.6, title, footer) as (figure, _):
+        for axes, (name, (curves, guess)) in zip(
+            figure.subplots(2, 2).flat, panels.items(), strict=True
+        ):
+            for (label, key), marker in zip(curves.items(), MARKERS, strict=False):
                 values = [record[key] for record in history]
                 axes.plot(epochs, values, marker=marker, label=label, clip_on=False)
+            draw_chances(axes, guess, "" if name == "Loss" else "%")
             axes.axvline(best["epoch"], color=GREY, linestyle="--", linewidth=1, label="best epoch")
             unit = "loss (dev: InfoNCE, nats)" if name == "Loss" else "recall (%)"
             span = epochs[0] - 0.5, epochs[-1] + 0.5
             axes.set(title=name, xlabel="epoch", ylabel=unit, ylim=(0, None), xlim=span)
+            if "R@10" in curves:  # both directions on one scale
+                axes.set_ylim(0, max(1.0, 1.08 * highest))
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
             axes.grid(True)
-            axes.legend()
+            legend_above(axes, 5)

@@ -550,7 +550,9 @@ def test_occlusion_finds_the_word_and_the_place(monkeypatch, tmp_path):
     embedded = ranked(np.eye(2), np.eye(2)[[0, 0]], ["a dog", "dog"], [0, 1])
     embedded.pairs.captions[1] = "dog"
     picture = lambda place: Image.fromarray(pixels)  # noqa: E731
-    occlusion.draw_occlusion(tmp_path / "a.png", Known(), embedded, picture, [0, 1], "foot")
+    occlusion.draw_occlusion(
+        tmp_path / "a.png", Known(), embedded, picture, [0, 1], "run, test", "foot"
+    )
     assert [[word for word, _ in falls] for falls in drawn] == [["a", "dog"], ["dog"]]
     assert (tmp_path / "a.png").stat().st_size > 1000
 
