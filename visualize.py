@@ -25,7 +25,7 @@ from support import zeroshot
 from support.cases import extreme_cases, mixed_cases, sample_pairs
 from support.checkpoint import dev_size
 from support.command import Parser, UserError, later, number, output, run, say_unused, warn
-from support.embedding import Trained, load_trained, trained_on, whole_history
+from support.embedding import Trained, load_trained, named, origin, trained_on, whole_history
 from support.figures import (
     GREEN,
     GREY,
@@ -51,7 +51,6 @@ from support.topics import Topics, topics_of
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from dataset import CaptionedImages
 
 # Figures that one kind of data alone has, and what its pictures are called.
 FIGURES = {"posters": later("posters.figures", "draw_films")}
@@ -71,21 +70,6 @@ class Pictures(NamedTuple):
     names: list[str]
     footer: str  # where they come from, and what speaks against them
     name: str  # of the runs and the split, for titles
-
-
-def named(trained: Trained, options: Namespace) -> str:
-    """The folders of the runs that a figure is made from."""
-    paths = options.checkpoint or [trained.path]
-    return " and ".join(run_name(path.parent) for path in paths)
-
-
-def origin(trained: Trained, options: Namespace, dataset: CaptionedImages | None = None) -> str:
-    """Which checkpoints a figure is made from, and whether a split by caption flatters it."""
-    paths = [path.resolve() for path in options.checkpoint or [trained.path]]
-    files = " and ".join(f"{path.parent.name}/{path.name}" for path in paths)
-    torn = any(content["split_by_caption"] for content in trained.contents)
-    mark = "; SPLIT BY CAPTION: flatters" if torn or (dataset and dataset.by_caption) else ""
-    return f"checkpoint {files}, {trained.stage}{mark}"
 
 
 def embed_split(trained: Trained, options: Namespace) -> tuple[Embedded, Pictures]:
@@ -171,8 +155,8 @@ def cell_of(hit: Hit, pictures: Pictures) -> Cell:
 
 def verdict(rank: float, k: int, pool: int, true: str) -> tuple[str, str]:
     """Whether a query found the true one among the first `k`, with its colour."""
-    found, hue = ("✓", GREEN) if rank <= k else ("✗ not found:", RED)
-    return f"{found} {true} at rank {rank:,.0f} of {pool:,}", hue
+    mark, hue = (f"✓ {true}", GREEN) if rank <= k else (f"✗ {true} only", RED)
+    return f"{mark} at rank {rank:,.0f} of {pool:,}", hue
 
 
 def found_by(embedded: Embedded, i: int, k: int) -> list[Hit]:
@@ -188,7 +172,8 @@ def text_row(embedded: Embedded, pictures: Pictures, i: int, k: int, why: str = 
     texts = [(embedded.pairs.captions[i], INK)]
     texts.append(verdict(embedded.t2i[i], k, len(pictures.embeddings), "its picture"))
     texts += [(why, GREY)] if why else []
-    return [texts, *(cell_of(hit, pictures) for hit in (true, *hits[:k]))]
+    own = cell_of(true, pictures)._replace(note=f"rank {true.rank:,.0f}: {true.score:.3f}")
+    return [texts, own, *(cell_of(hit, pictures) for hit in hits[:k])]
 
 
 def image_row(embedded: Embedded, pictures: Pictures, i: int, k: int) -> Row:
@@ -240,7 +225,7 @@ def draw_pairs(embedded: Embedded, pictures: Pictures, options: Namespace) -> li
     k, count = clamped("top-k", options.top_k, pool), clamped("queries", options.queries, pool)
     images, texts = sample_pairs(pairs, pool, seed)
     texts = mixed_cases(texts, embedded.t2i, count, seed)
-    lot = f"By lot, one of each {count} parts of all by rank, from good to bad"
+    lot = f"Drawn by lot, one from each of {count} parts by rank"
     rows = [text_row(embedded, pictures, i, k) for i in texts]
     columns = [Column(2.6, "the query: a caption"), Column(CELL, "true picture")]
     columns += [Column(CELL, f"predicted: the first {k}"), *[Column()] * (k - 1)]
@@ -267,13 +252,14 @@ def draw_extremes(path: Path, embedded: Embedded, pictures: Pictures) -> None:
             text_row(embedded, pictures, i, 2, sentence)
             for i, sentence in zip(cases, why, strict=True)
         ]
+        rows = [row + [None] * (4 - len(row)) for row in rows]  # there may be one picture
         halves.append(rows + [[None] * 4] * (4 - len(rows)))
         head = "rank 1 by the widest margin" if name == "BEST" else "the last ranks"
         columns += [Column(2.5, f"{name}: {head}"), Column(CELL, "true picture")]
-        columns += [Column(CELL, "predicted: first"), Column(CELL, "second")]
-    rows = [best + worst for best, worst in zip(*halves, strict=True) if any(best + worst)]
+        columns += [Column(CELL, "predicted: first"), Column(CELL, "second"), Column(0.2)]
+    rows = [[*best, None, *worst] for best, worst in zip(*halves, strict=True) if any(best + worst)]
     title = f"{pictures.name}: text to image, the best and the worst cases, a picture once"
-    write(path, draw_grid, title, pictures.footer, columns, rows)
+    write(path, draw_grid, title, pictures.footer, columns[:-1], rows)
 
 
 def draw_search(trained: Trained, options: Namespace) -> None:

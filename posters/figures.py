@@ -19,7 +19,7 @@ from support.figures import (
     HATCHES,
     MARKERS,
     canvas,
-    draw_chances,
+    draw_chance,
     legend_above,
     wrapped,
     write,
@@ -105,9 +105,9 @@ def draw_gap(path: Path, history: list[dict[str, float]], name: str, footer: str
             for (label, key), marker in zip(curves.items(), MARKERS, strict=False):
                 values = [record[key] for record in history]
                 axes.plot(epochs, values, marker=marker, label=label, clip_on=False)
-            draw_chances(axes, [100 / films], "%")
             direction = MEANING[dim].partition(":")[0]
             axes.set(title=f"{dim}: {direction}", xlabel="epoch", ylim=(0, None))
+            draw_chance(axes, 100 / films, f"chance: {100 / films:.2g}%")
             axes.set_ylabel(f"accuracy among {films} films (%)")
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
             axes.grid(True)

@@ -5,6 +5,7 @@ train.py draws its curves with it after each epoch; visualize.py, posters/ and r
 
 import contextlib
 import math
+import re
 import textwrap
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -108,6 +109,7 @@ def wrapped(text: str, inches: float, size: float, lines: int = 4) -> list[str]:
     # No control characters, and a box for what fonts lack: matplotlib would warn of both.
     printable = (c for c in " ".join(text.split()) if unicodedata.category(c)[0] != "C")
     text = unicodedata.normalize("NFC", "".join(printable))
+    text = re.sub(r" (?=[.,;:!?](?: |$))", "\u00a0", text)  # " ." never begins a line
     find_fonts(text)
     plain = "".join(c if ord(c) in DRAWN else "□" for c in text)
     plain = "".join(c + WIDE * (unicodedata.east_asian_width(c) in "WF") for c in plain)
@@ -153,23 +155,21 @@ def write(path: Path, draw: Callable[..., None], *content: Any) -> None:
     print(f"wrote {path}")
 
 
-def legend_above(axes: Axes, columns: int = 4) -> None:
+def legend_above(axes: Axes, columns: int = 3) -> None:
     """Puts the legend between an axes' title and its lines, none of which it hides."""
-    labels = axes.get_legend_handles_labels()[1]
-    rows = -(-len(labels) // columns)
-    axes.set_title(axes.get_title(), pad=8 + 13 * rows)
+    handles, labels = axes.get_legend_handles_labels()
+    columns = max(1, min(columns, len(labels)))
+    order = [i for first in range(columns) for i in range(first, len(labels), columns)]  # by rows
+    shown = [handles[i] for i in order], [labels[i] for i in order]
+    axes.set_title(axes.get_title(), pad=8 + 13 * -(-len(labels) // columns))
     style = {"frameon": False, "borderaxespad": 0.2, "borderpad": 0, "columnspacing": 1.2}
-    axes.legend(
-        loc="lower center", bbox_to_anchor=(0.5, 1), ncols=min(columns, len(labels)), **style
-    )
+    axes.legend(*shown, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, **style)
 
 
-def draw_chances(axes: Axes, chances: list[float], unit: str = "") -> None:
-    """A dotted line for what guessing gives of each curve."""
-    for i, chance in enumerate(chances):
-        shown = " / ".join(f"{value:.2g}" for value in chances)
-        label = None if i else f"chance: {shown}{unit}"
-        axes.axhline(chance, color=GREY, linestyle=":", linewidth=1.2, label=label)
+def draw_chance(axes: Axes, value: float, label: str) -> None:
+    """A dotted line at what guessing gives, and room for it."""
+    axes.axhline(value, color=GREY, linestyle=":", linewidth=1.5, label=label)
+    axes.set_ylim(0, max(axes.get_ylim()[1], 1.08 * value))
 
 
 def draw_curves(
@@ -187,31 +187,34 @@ def draw_curves(
     """
     epochs = [record["epoch"] for record in history]
     best = max(history, key=lambda record: record["mean_recall"])  # the first of equals
-    chances = [min(100, 100 * k / images) for k in (1, 5, 10)] if images else []
-    losses = [math.log(images / -(-images // batch))] if images else []
     panels = {
-        "Loss": ({"train": "train_loss", "dev": "dev_loss"}, losses),
-        "Mean recall on dev": ({"mean of six": "mean_recall"}, [sum(chances) / 3] * bool(images)),
-        "Image to text on dev": ({f"R@{k}": f"i2t_r{k}" for k in (1, 5, 10)}, chances),
-        "Text to image on dev": ({f"R@{k}": f"t2i_r{k}" for k in (1, 5, 10)}, chances),
+        "Loss": {"train": "train_loss", "dev": "dev_loss"},
+        "Mean recall on dev": {"mean of six": "mean_recall"},
+        "Image to text on dev": {f"R@{k}": f"i2t_r{k}" for k in (1, 5, 10)},
+        "Text to image on dev": {f"R@{k}": f"t2i_r{k}" for k in (1, 5, 10)},
     }
     title = f"best epoch {best['epoch']}, mean recall on dev {best['mean_recall']:.1f}%"
     title = f"{name or 'Training'}: {title}"
     highest = max(record[f"{way}_r10"] for record in history for way in ("i2t", "t2i"))
     with canvas(path, 9.5, 6.6, title, footer) as (figure, _):
-        for axes, (name, (curves, guess)) in zip(
-            figure.subplots(2, 2).flat, panels.items(), strict=True
-        ):
+        for axes, (name, curves) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
             for (label, key), marker in zip(curves.items(), MARKERS, strict=False):
                 values = [record[key] for record in history]
                 axes.plot(epochs, values, marker=marker, label=label, clip_on=False)
-            draw_chances(axes, guess, "" if name == "Loss" else "%")
-            axes.axvline(best["epoch"], color=GREY, linestyle="--", linewidth=1, label="best epoch")
             unit = "loss (dev: InfoNCE, nats)" if name == "Loss" else "recall (%)"
             span = epochs[0] - 0.5, epochs[-1] + 0.5
             axes.set(title=name, xlabel="epoch", ylabel=unit, ylim=(0, None), xlim=span)
             if "R@10" in curves:  # both directions on one scale
                 axes.set_ylim(0, max(1.0, 1.08 * highest))
+            if images and name == "Loss":
+                chance = math.log(images / -(-images // batch))
+                draw_chance(axes, chance, f"chance: {chance:.2f}")
+            elif images:  # of R@10 alone: those of R@1 and R@5 lie between it and 0
+                at_10 = [min(100, 100 * k / images) for k in (1, 5, 10)]
+                chance = at_10[-1] if "R@10" in curves else sum(at_10) / 3
+                of = " of R@10" if "R@10" in curves else ""
+                draw_chance(axes, chance, f"chance{of}: {chance:.2g}%")
+            axes.axvline(best["epoch"], color=GREY, linestyle="--", linewidth=1, label="best epoch")
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
             axes.grid(True)
-            legend_above(axes, 5)
+            legend_above(axes, 3 if "R@10" in curves else 4)

@@ -37,9 +37,9 @@ def cosines_of(embedded: Embedded, count: int, seed: int) -> tuple[np.ndarray, n
 def draw_square(axes: Axes, cosines: np.ndarray, topic: np.ndarray, names: list[str]) -> None:
     """Cosines of pairs that are sorted by topic: the topics are framed and named, pairs dotted."""
     image = axes.imshow(cosines, cmap="cividis")
-    axes.figure.colorbar(image, ax=axes, label="cosine similarity (no unit)", shrink=0.85)
+    axes.figure.colorbar(image, ax=axes, label="cosine (no unit)", shrink=0.85)
     places = np.arange(len(topic))
-    style = {"s": max(3, 300 / len(topic)), "linewidth": 0.5}
+    style = {"s": max(1, 110 / len(topic)), "linewidth": 0.5}
     axes.scatter(places, places, color="white", edgecolor="black", **style)
     starts = np.flatnonzero(np.diff(topic, prepend=-2))
     ends = [*starts[1:], len(topic)]
@@ -56,10 +56,8 @@ def draw_square(axes: Axes, cosines: np.ndarray, topic: np.ndarray, names: list[
 
 def draw_histogram(axes: Axes, matched: np.ndarray, unmatched: np.ndarray) -> None:
     """How often each cosine is met, among pairs and among what does not belong together."""
-    low, high = min(matched.min(), *unmatched[:1]), max(matched.max(), *unmatched[:1])
-    if len(unmatched):
-        low, high = min(low, unmatched.min()), max(high, unmatched.max())
-    bins = np.linspace(low - 1e-3, high + 1e-3, 41)
+    both = np.concatenate([matched, unmatched])
+    bins = np.linspace(both.min() - 1e-3, both.max() + 1e-3, 41)
     kinds = (("not a pair", unmatched, 0, HATCHES[0]), ("a pair", matched, 1, HATCHES[1]))
     for label, values, colour, hatch in kinds:
         if not len(values):
@@ -88,6 +86,7 @@ def draw_similarity(
         share = share_above(matched, unmatched)
         title += f". A pair is above what is not a pair in {share:.1f}% of cases (chance 50%)"
     with canvas(path, 11.5, 5.6, title, footer) as (figure, _):
+        figure.get_layout_engine().set(wspace=0.05)
         square, histogram = figure.subplots(1, 2, width_ratios=(1.75, 1))
         draw_square(square, cosines[order][:, order], topic[order], groups.names)
         draw_histogram(histogram, matched, unmatched)

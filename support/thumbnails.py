@@ -7,14 +7,14 @@ from matplotlib.axes import Axes
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from PIL import Image
 
-SIDE, MOST = 46, 14  # pixels of a thumbnail's longer side; how many there are
+SIDE, MOST = 42, 10  # pixels of a thumbnail's longer side; how many there are
 
 
 def spread(points: np.ndarray, topic: np.ndarray) -> list[int]:
-    """Which of points (N, 2) get a picture: of each topic in turn the most central one that is
-    far enough from those chosen."""
-    if len(points) == 0:
-        return []
+    """Which of points (N, 2) get a picture: of each topic in turn the most central one left.
+
+    None is near one that was chosen before it.
+    """
     span = np.maximum(np.ptp(points, axis=0), 1e-9)
     places, chosen = points / span, []
     queues = []

@@ -16,7 +16,7 @@ from scipy import stats
 import evaluate
 import visualize
 from dataset import load_dataset
-from report import analysis, causes, groups, leak, occlusion, predictions
+from report import analysis, causes, groups, leak, occlusion, predictions, reasons
 from support.command import UserError
 from support.finder import places_that_matter, words_that_matter
 from support.results import cell_of, read_csv, write_csv
@@ -562,3 +562,24 @@ def test_occlusion_of_a_run(tiny_run, cache, tmp_path):
     fixed = ("--cache", cache, "--workers", 0, "--device", "cpu")
     visualize.main([str(word) for word in (tiny_run / "best.pt", *words, *fixed)])
     assert "grid_occlusion.png" in listed(tmp_path)
+
+
+# --------------------------------------------------------------------------------- reasons
+
+
+def test_reasons_tell_margins_and_shared_words():
+    """Captions 0 and 2 find their pictures' rivals, 1 its own."""
+    images = np.eye(3)
+    texts = np.array([[0.6, 0.8, 0.0], [0.0, 0.8, 0.6], [0.8, 0.6, 0.0]])
+    embedded = ranked(images, texts, ["a", "b", "c"], [0, 1, 2])
+    embedded.pairs.captions[:] = ["two dogs run on snow", "the dog runs in snow", "a red boat"]
+    found = [visualize.found_by(embedded, i, 2) for i in range(3)]
+    first, second, third = reasons.reasons(embedded, [0, 1, 2], found)
+    assert first.startswith("behind the first by 0.200; the first's captions have 3 of its 4")
+    assert first.endswith(": dogs, run, snow; a near miss")
+    assert (
+        second == "ahead of the next by 0.200; the next's captions have none of its 3 telling words"
+    )
+    assert third.startswith("behind the first by 0.800; the first's captions have none of its 2")
+    alone = ranked(np.eye(1), np.eye(1), ["a"], [0])
+    assert reasons.reasons(alone, [0], [visualize.found_by(alone, 0, 2)]) == ["the only picture"]
