@@ -102,7 +102,7 @@ def embed_folder(trained: Trained, options: Namespace) -> Pictures:
     embeddings, paths = zeroshot.embed_pictures(trained, paths, options.workers)
     names = [str(path.relative_to(options.images)) for path in paths]
     footer = f"{len(paths):,} pictures of {options.images}; {origin(trained, options)}"
-    name = named(trained, options)
+    name = f"{named(trained, options)}, {options.images.resolve().name}"
     return Pictures(embeddings, lambda i: thumbnail(paths[i]), names, footer, name)
 
 
@@ -278,8 +278,8 @@ def draw_search(trained: Trained, options: Namespace) -> None:
             print(query)
             for hit in hits:
                 print(f"{hit.rank:,.0f} {hit.score:.3f} {pictures.names[hit.position]}")
-    title = f"{pictures.name}: text to image, the first {k} of {pool:,} pictures"
-    columns = [Column(2.6, "the query"), *[Column()] * k]
+    title = f"{pictures.name}: text to image among {pool:,} pictures"
+    columns = [Column(2.6, "the query"), Column(CELL, f"the first {k}"), *[Column()] * (k - 1)]
     write(options.out / name, draw_grid, title, pictures.footer, columns, rows)
 
 
