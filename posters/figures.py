@@ -69,7 +69,9 @@ def draw_films(
     recalls = {}
     for group in both:
         ranks = paired_ranks(group.images, group.texts, evaluate)
-        recalls[group.name] = genre_recalls(ranks, [film.genres for film in group.records])
+        recalls[f"{len(group.images):,} {group.name}"] = genre_recalls(
+            ranks, [film.genres for film in group.records]
+        )
     if any(recalls.values()):
         write(out / "genres.png", draw_genres, recalls, name, footer)
 
@@ -134,7 +136,10 @@ def draw_genres(
                 style = {"hatch": hatch, "edgecolor": "white", "linewidth": 0}
                 label = meaning.partition(":")[0]
                 axes.barh(np.add(places, shift), values, 0.38, label=label, **style)
-            counts = [f"{g} ({recalls[g]['films'] if g in recalls else 0})" for g in order]
+            counts = [
+                f"{genre} ({recalls[genre]['films'] if genre in recalls else 'too few'})"
+                for genre in order
+            ]
             axes.set_yticks(range(len(order)), counts)
             axes.set(xlabel="R@10 (%)", xlim=(0, None), title=group, ylim=(-0.6, len(order) - 0.4))
             axes.grid(True, axis="x")

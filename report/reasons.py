@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 def shared_words(overlap: Overlap, caption: int, image: int) -> tuple[list[str], int]:
     """Which telling words of a caption the captions of a picture hold, and how many it has."""
-    long = [word for word in words_of(overlap.pairs.captions[caption]) if len(word) > 2]
-    words = {stems[0]: word for word in long if (stems := content(word))}  # a word a stem
+    said = words_of(overlap.pairs.captions[caption])
+    words = {stems[0]: word for word in said if (stems := content(word))}  # a word a stem
     own = int(overlap.owner[caption] == image)
     return [w for stem, w in words.items() if overlap.of_image[image][stem] > own], len(words)
 

@@ -572,13 +572,13 @@ def test_reasons_tell_margins_and_shared_words():
     images = np.eye(3)
     texts = np.array([[0.6, 0.8, 0.0], [0.0, 0.8, 0.6], [0.8, 0.6, 0.0]])
     embedded = ranked(images, texts, ["a", "b", "c"], [0, 1, 2])
-    embedded.pairs.captions[:] = ["two dogs run on snow", "the dog runs in snow", "a red boat"]
+    embedded.pairs.captions[:] = ["two dogs run on snow", "the dog runs on snow", "a red boat"]
     found = [visualize.found_by(embedded, i, 2) for i in range(3)]
     first, second, third = reasons.reasons(embedded, [0, 1, 2], found)
-    assert first.startswith("behind the first by 0.200; the first's captions have 3 of its 4")
-    assert first.endswith(": dogs, run, snow; a near miss")
+    assert first.startswith("behind the first by 0.200; the first's captions have 4 of its 5")
+    assert first.endswith(": dogs, run, on, snow; a near miss")
     assert (
-        second == "ahead of the next by 0.200; the next's captions have none of its 3 telling words"
+        second == "ahead of the next by 0.200; the next's captions have none of its 4 telling words"
     )
     assert third.startswith("behind the first by 0.800; the first's captions have none of its 2")
     alone = ranked(np.eye(1), np.eye(1), ["a"], [0])
