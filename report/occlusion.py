@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from support.figures import GREEN, GREY, INK, RED, canvas, wrapped
@@ -34,6 +35,7 @@ def draw_words(axes: Axes, falls: list[tuple[str, float]], rank: float) -> None:
     axes.set_yticks(range(len(values)), [wrapped(word, 1.2, 8, 1)[0] for word, _ in falls], size=8)
     axes.invert_yaxis()
     axes.axvline(0, color=INK, linewidth=0.8)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.tick_params(axis="x", labelsize=7)
     axes.tick_params(axis="y", length=0)
     axes.set_title(f"true picture: rank {rank:,.0f}", size=9)
