@@ -22,6 +22,7 @@ from sources.texts import clean_text
 from support import cases, figures, grid, similarity, thumbnails
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command import UserError
+from support.folders import run_name
 from support.hits import top_k
 from support.topics import Topics, topics
 
@@ -608,6 +609,14 @@ def luminance(colour: str) -> float:
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
     y = float(np.dot([0.2126, 0.7152, 0.0722], linear))
     return 116 * y ** (1 / 3) - 16 if y > 0.008856 else 903.3 * y
+
+
+def test_runs_are_named_after_their_folder_and_that_of_their_recipe(tmp_path):
+    (tmp_path / "best-0" / "heads").mkdir(parents=True)
+    assert run_name(tmp_path / "best-0" / "heads") == "heads"
+    (tmp_path / "best-0" / "recipe.txt").touch()
+    assert run_name(tmp_path / "best-0" / "heads") == "best-0/heads"
+    assert run_name(tmp_path / "best-0") == "best-0"
 
 
 def test_what_is_drawn_together_is_told_apart_without_colours():
