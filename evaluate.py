@@ -24,6 +24,7 @@ from models import CLIP
 from support.command import Parser, UserError, later, output, run, say_unused, warn
 from support.device import keep_memory
 from support.embedding import Trained, embed_pairs, load_trained, side_by_side, trained_on
+from support.hits import first_captions
 from support.ranking import TIE, count_below, exact_scores, lengths_of
 from support.remarks import unread
 
@@ -108,11 +109,6 @@ def bootstrap_intervals(
     values = dict(zip(columns, draws.T, strict=True))
     values |= {"rsum": draws.sum(1), "mean_recall": draws.mean(1)}
     return {key: np.percentile(drawn, [2.5, 97.5]).tolist() for key, drawn in values.items()}
-
-
-def first_captions(caption_image: np.ndarray) -> np.ndarray:
-    """For each image the position of its first caption."""
-    return np.unique(caption_image, return_index=True)[1]
 
 
 # --------------------------------------------------------------------------- a whole split

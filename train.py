@@ -310,7 +310,8 @@ def train(
                 finished = runs.is_finished(history, options)
                 content = contents(run, weights, config_of(options), finished)
                 save_checkpoint(out / "last.pt", content, copy)
-            runs.write_history(out, history, run.pairs["train"].dataset.origin())
+            origin, images = run.pairs["train"].dataset.origin(), len(run.pairs["dev"].rows)
+            runs.write_history(out, history, origin, images, options.batch_size)
             print(remarks.table_line(record))
             remarks.warn_of_chance(run, options)
     if len(history) < options.epochs:

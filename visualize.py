@@ -10,7 +10,6 @@ import support.python  # noqa: F401  refuses a Python that is too old, before al
 
 # isort: split
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,40 +19,47 @@ from matplotlib.collections import LineCollection
 from PIL import Image
 
 import evaluate
-from evaluate import Embedded, first_captions
+from evaluate import Embedded
 from sources.opening import thumbnail
 from support import zeroshot
-from support.checkpoint import load_checkpoint
+from support.cases import extreme_cases, mixed_cases, sample_pairs
+from support.checkpoint import dev_size
 from support.command import Parser, UserError, later, number, output, run, say_unused, warn
-from support.embedding import Trained, load_trained, trained_on
+from support.embedding import Trained, load_trained, named, origin, trained_on, whole_history
 from support.figures import (
     GREEN,
     GREY,
     INK,
-    PALETTE,
+    MARKERS,
     RED,
+    TEN,
     canvas,
     draw_curves,
     fitting,
     wrapped,
     write,
 )
-from support.grid import CELL, Cell, Row, draw_grid
-from support.hits import Hit, cosine, find
+from support.folders import run_name
+from support.grid import CELL, Cell, Column, Row, draw_grid
+from support.hits import Hit, find
 from support.html import write_page
-from support.options import same_run
 from support.remarks import check_queries, unread
-from support.topics import topics
+from support.similarity import draw_similarity
+from support.thumbnails import draw_thumbnail, spread
+from support.topics import Topics, topics_of
 
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from dataset import CaptionedImages, Pairs
 
 # Figures that one kind of data alone has, and what its pictures are called.
 FIGURES = {"posters": later("posters.figures", "draw_films")}
 plain_title = later("posters.films", "plain_title")
 draw_analysis = later("report.analysis_figures", "draw_analysis")
+reasons = later("report.reasons", "reasons")
+draw_occlusion = later("report.occlusion", "draw_occlusion")
+
+LINKS = 40  # pairs that t-SNE joins by a line; all would hide the points
 
 
 class Pictures(NamedTuple):
@@ -63,15 +69,7 @@ class Pictures(NamedTuple):
     picture: Callable[[int], Image.Image]
     names: list[str]
     footer: str  # where they come from, and what speaks against them
-
-
-def origin(trained: Trained, options: Namespace, dataset: CaptionedImages | None = None) -> str:
-    """Which checkpoints a figure is made from, and whether a split by caption flatters it."""
-    paths = [path.resolve() for path in options.checkpoint or [trained.path]]
-    files = " and ".join(f"{path.parent.name}/{path.name}" for path in paths)
-    torn = any(content["split_by_caption"] for content in trained.contents)
-    mark = "; SPLIT BY CAPTION: flatters" if torn or (dataset and dataset.by_caption) else ""
-    return f"checkpoint {files}, {trained.stage}{mark}"
+    name: str  # of the runs and the split, for titles
 
 
 def embed_split(trained: Trained, options: Namespace) -> tuple[Embedded, Pictures]:
@@ -93,7 +91,8 @@ def embed_split(trained: Trained, options: Namespace) -> tuple[Embedded, Picture
     rows = [int(row) for row in pairs.rows]
     names = [plain_title(dataset.records[row].title) for row in rows if dataset.records]
     images = embedded.image_embeddings
-    return embedded, Pictures(images, lambda i: dataset.picture(rows[i]), names, footer)
+    name = f"{named(trained, options)}, {pairs.name} split"
+    return embedded, Pictures(images, lambda i: dataset.picture(rows[i]), names, footer, name)
 
 
 def embed_folder(trained: Trained, options: Namespace) -> Pictures:
@@ -103,120 +102,92 @@ def embed_folder(trained: Trained, options: Namespace) -> Pictures:
     embeddings, paths = zeroshot.embed_pictures(trained, paths, options.workers)
     names = [str(path.relative_to(options.images)) for path in paths]
     footer = f"{len(paths):,} pictures of {options.images}; {origin(trained, options)}"
-    return Pictures(embeddings, lambda i: thumbnail(paths[i]), names, footer)
+    name = f"{named(trained, options)}, {options.images.resolve().name}"
+    return Pictures(embeddings, lambda i: thumbnail(paths[i]), names, footer, name)
 
 
-def whole_history(trained: Trained) -> list[dict[str, float]]:
-    """The history of the (first) run up to its last epoch: best.pt ends with the best one."""
-    history = trained.content["history"]
-    folder = trained.path.parent  # of a recipe, it may be, whose runs have folders of their own
-    for last in (*folder.glob("last.pt"), *folder.glob("*/last.pt")):
-        with contextlib.suppress(UserError):  # it may be damaged where best.pt is whole
-            content = load_checkpoint(last)
-            if same_run(trained.content, content):
-                history = max(history, content["history"], key=len)
-    return history
-
-
-def sample_pairs(pairs: Pairs, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws `count` images and a caption of each: positions in pairs.rows and pairs.captions."""
-    generator, total = np.random.default_rng(seed), len(pairs.rows)
-    images = np.sort(generator.choice(total, min(count, total), replace=False))
-    shuffled = generator.permutation(len(pairs.captions))
-    return images, shuffled[first_captions(pairs.caption_image[shuffled])][images]
-
-
-def draw_similarity(path: Path, embedded: Embedded, seed: int, footer: str) -> None:
-    """Draws the cosines of 48 images and captions at most; the pairs are the diagonal."""
-    images, captions = sample_pairs(embedded.pairs, 48, seed)
-    cosines = cosine(embedded.image_embeddings[images], embedded.text_embeddings[captions])
-    pair = np.eye(len(images), dtype=bool)
-    title = f"Cosine similarity of {len(images)} seeded pairs: mean {cosines[pair].mean():.3f} on "
-    title += f"the diagonal (the pairs), {cosines[~pair].mean() if len(pair) > 1 else 0:.3f} off it"
-    with canvas(path, 7.5, 6.2, title, footer) as (figure, _):
-        axes = figure.subplots()
-        axes.set(xlabel="caption (number of its pair)", ylabel="image (number of its pair)")
-        figure.colorbar(axes.imshow(cosines), label="cosine similarity (no unit)")
-
-
-def draw_tsne(path: Path, embedded: Embedded, seed: int, footer: str) -> None:
+def draw_tsne(
+    path: Path, embedded: Embedded, pictures: Pictures, groups: Topics, seed: int
+) -> None:
     """Draws at most 500 seeded pairs, images and texts together, in the plane of one t-SNE."""
     from sklearn.manifold import TSNE
 
-    pairs, captions_of = embedded.pairs, [""] * len(embedded.pairs.rows)
-    images, captions = sample_pairs(pairs, 500, seed)
+    images, captions = sample_pairs(embedded.pairs, 500, seed)
     rows = embedded.image_embeddings[images], embedded.text_embeddings[captions]
     both = np.concatenate(rows).astype(np.float64)
     perplexity = min(30, (len(both) - 1) / 3)
     init = "pca" if np.ptp(both, axis=0).max() > 1e-6 else "random"  # PCA of one point fails
     tsne = TSNE(2, perplexity=perplexity, init=init, random_state=seed)
     points = tsne.fit_transform(both).reshape(2, -1, 2)  # images, then texts
-    for caption, image in zip(pairs.captions, pairs.caption_image, strict=True):
-        captions_of[image] += f" {caption}"
-    topic, names = topics([captions_of[i] for i in images], seed)
     mean_image = embedded.image_embeddings.mean(0, dtype=np.float64)
     mean_text = embedded.text_embeddings.mean(0, dtype=np.float64)
     gap = np.linalg.norm(mean_image - mean_text)  # Liang et al. 2022
-    title = f"t-SNE of {len(images)} pairs, perplexity {perplexity:.0f}. Modality gap {gap:.3f} "
-    title += "(distance between the mean image and the mean text embedding of the split)"
-    with canvas(path, 9.5, 6.5, title, footer) as (figure, _):
+    title = f"{pictures.name}: t-SNE of {len(images)} pairs, perplexity {perplexity:.0f}. Modality "
+    title += f"gap {gap:.3f} (from the mean image to the mean text embedding of the split)"
+    topic, looks = groups.of_image[images], [*zip(TEN, MARKERS, strict=True), (GREY, "d")]
+    with canvas(path, 11, 7.5, title, pictures.footer) as (figure, _):
         axes = figure.subplots()
-        lines = LineCollection(points.swapaxes(0, 1), color=GREY, linewidth=0.5, alpha=0.35)
+        few = np.random.default_rng(seed).permutation(len(images))[:LINKS]
+        lines = LineCollection(points[:, few].swapaxes(0, 1), color=GREY, linewidth=0.7)
         axes.add_collection(lines)
-        for i, name in [*enumerate(names), (-1, "no topic")]:
-            chosen, look = topic == i, {"s": 26, "color": [*PALETTE, GREY][i], "edgecolor": "white"}
+        for i, name in [*enumerate(groups.names), (-1, "no words")]:
+            chosen, (colour, marker) = topic == i, looks[i]
             label = f"{wrapped(name, 2.5, 9, 1)[0]} ({chosen.sum()})" if chosen.any() else None
-            axes.scatter(*points[0, chosen].T, linewidth=0.3, label=label, **look)
-            axes.scatter(*points[1, chosen].T, linewidth=0.3, marker="^", **look)
-        key = "● image   ▲ its caption\n— a pair\n\nTopic of the captions\n(and its images)"
+            look = {"s": 30, "marker": marker, "edgecolor": colour, "linewidth": 0.9}
+            axes.scatter(*points[0, chosen].T, color=colour, label=label, **look)
+            axes.scatter(*points[1, chosen].T, facecolor="white", **look)
+        for i in spread(points[0], topic):
+            hue = looks[topic[i]][0]
+            draw_thumbnail(axes, points[0, i], pictures.picture(int(images[i])), hue)
+        key = f"filled: image\nhollow: its caption\nlines: {len(few)} of the pairs\n\n"
+        key += "Topic of the captions\n(pairs)"
         axes.legend(title=key, loc="upper left", bbox_to_anchor=(1.01, 1), alignment="left")
         axes.set(xlabel="t-SNE dimension 1 (no unit)", ylabel="t-SNE dimension 2 (no unit)")
 
 
-def extreme_cases(embedded: Embedded, count: int) -> list[list[int]]:
-    """The captions of the `count` best (rank 1, widest margin) and worst cases, an image once."""
-    image_of, first = embedded.pairs.caption_image, np.flatnonzero(embedded.t2i == 1)
-    margins = []
-    for part in np.array_split(first, 1 + len(first) // 1024):  # all scores at once may not fit
-        scores = cosine(embedded.text_embeddings[part], embedded.image_embeddings)
-        margins.append(np.ptp(np.sort(np.nan_to_num(scores, nan=-2))[:, -2:], axis=1))
-    best = first[np.argsort(-np.concatenate(margins), kind="stable")]
-    worst = np.argsort(-embedded.t2i, kind="stable")
-    once = [order[np.sort(first_captions(image_of[order]))] for order in (best, worst)]
-    return [order[:count].tolist() for order in once]
+def cell_of(hit: Hit, pictures: Pictures) -> Cell:
+    """A picture found, with rank, score and name; the true one is ticked and framed."""
+    note = f"{hit.rank:,.0f}: {hit.score:.3f}{' ✓' if hit.true else ''}"
+    if pictures.names:
+        note += f"\n{fitting(pictures.names[hit.position], CELL, 8)}"
+    return Cell(pictures.picture(hit.position), note, GREEN if hit.true else None)
 
 
-def cells_of(hits: list[Hit], pictures: Pictures) -> list[Cell]:
-    """The pictures found, with rank, score and name, the true one framed."""
-    cells = []
-    for hit in hits:
-        note = f"{hit.rank:,.0f}: {hit.score:.3f}{' true image' if hit.true else ''}"
-        if pictures.names:
-            note += f"\n{fitting(pictures.names[hit.position], CELL, 8)}"
-        cells.append(Cell(pictures.picture(hit.position), note, GREEN if hit.true else None))
-    return cells
+def verdict(rank: float, k: int, pool: int, true: str) -> tuple[str, str]:
+    """Whether a query found the true one among the first `k`, with its colour."""
+    mark, hue = (f"✓ {true}", GREEN) if rank <= k else (f"✗ {true} only", RED)
+    return f"{mark} at rank {rank:,.0f} of {pool:,}", hue
 
 
-def text_row(embedded: Embedded, pictures: Pictures, i: int, k: int) -> Row:
-    """Caption `i` and the pictures that it finds."""
-    rank, true = embedded.t2i[i], int(embedded.pairs.caption_image[i])
-    verdict = f"true image: rank {rank:,.0f} of {len(pictures.embeddings):,}"
-    hits = find(embedded.text_embeddings[i], pictures.embeddings, k, [true], rank)
-    texts = [(embedded.pairs.captions[i], INK), (verdict, GREEN if rank <= k else RED)]
-    return texts, cells_of(hits, pictures)
+def found_by(embedded: Embedded, i: int, k: int) -> list[Hit]:
+    """The first `k` pictures that caption `i` finds, and its own where it is not among them."""
+    text, true = embedded.text_embeddings[i], [int(embedded.pairs.caption_image[i])]
+    return find(text, embedded.image_embeddings, k, true, embedded.t2i[i])
+
+
+def text_row(embedded: Embedded, pictures: Pictures, i: int, k: int, why: str = "") -> Row:
+    """Caption `i`, its own picture and the first `k` that it finds."""
+    hits = found_by(embedded, i, k)
+    true = next(hit for hit in hits if hit.true)
+    texts = [(embedded.pairs.captions[i], INK)]
+    texts.append(verdict(embedded.t2i[i], k, len(pictures.embeddings), "its picture"))
+    texts += [(why, GREY)] if why else []
+    own = cell_of(true, pictures)._replace(note=f"rank {true.rank:,.0f}: {true.score:.3f}")
+    return [texts, own, *(cell_of(hit, pictures) for hit in hits[:k])]
 
 
 def image_row(embedded: Embedded, pictures: Pictures, i: int, k: int) -> Row:
-    """Image `i` and the captions that it finds."""
-    rank, captions = embedded.i2t[i], embedded.pairs.captions
+    """Image `i`, the first `k` captions that it finds, and its own ones."""
+    captions, image = embedded.pairs.captions, pictures.embeddings[i]
     true = np.flatnonzero(embedded.pairs.caption_image == i).tolist()
-    verdict = f"best own caption: rank {rank:,.0f} of {len(captions):,}"
-    texts = [(verdict, GREEN if rank <= k else RED)]
-    for hit in find(pictures.embeddings[i], embedded.text_embeddings, k, true, rank):
-        mark, colour = ("✓", GREEN) if hit.true else ("–", INK)
-        line = f"{hit.rank:,.0f}: {hit.score:.3f} {mark} {captions[hit.position]}"
-        texts.append((line, colour))
-    return texts, [Cell(pictures.picture(i))]
+    hits = find(image, embedded.text_embeddings, k, true, embedded.i2t[i])[:k]
+    found = [verdict(embedded.i2t[i], k, len(captions), "the best of its own")]
+    for hit in hits:
+        mark, colour = ("✓", GREEN) if hit.true else ("✗", INK)
+        found.append((f"{hit.rank:,.0f}: {hit.score:.3f} {mark} {captions[hit.position]}", colour))
+    own = find(image, embedded.text_embeddings[true], len(true))
+    texts = [(f"{hit.score:.3f} {captions[true[hit.position]]}", GREEN) for hit in own]
+    return [Cell(pictures.picture(i)), found, texts]
 
 
 def clamped(flag: str, count: int, pool: int) -> int:
@@ -229,28 +200,66 @@ def draw_split(trained: Trained, options: Namespace) -> None:
     """Draws every figure of a split and of the run that made the checkpoint."""
     embedded, pictures = embed_split(trained, options)
     pairs, out, seed, footer = embedded.pairs, options.out, options.seed, pictures.footer
-    history, pool = whole_history(trained), len(pairs.rows)
+    history = whole_history(trained)
     first = "; the run of the first" if len(trained.members) > 1 else ""
     about = f"{origin(trained, options)}{first}"
-    write(out / "curves.png", lambda path: draw_curves(history, path, about))
+    images, batch = dev_size(trained.content), trained.options.batch_size
+    name = run_name(trained.path.parent)
+    write(out / "curves.png", lambda path: draw_curves(history, path, about, name, images, batch))
     if pairs.dataset.kind in FIGURES:
-        FIGURES[pairs.dataset.kind](out, embedded, history, footer, evaluate)
-    write(out / "similarity.png", draw_similarity, embedded, seed, footer)
-    write(out / "tsne.png", draw_tsne, embedded, seed, footer)
+        seen = evaluate.evaluate_trained(trained, pairs.dataset, "train", options)
+        FIGURES[pairs.dataset.kind](out, embedded, seen, history, pictures.name, footer, evaluate)
+    groups = topics_of(pairs, seed)
+    write(out / "similarity.png", draw_similarity, embedded, groups, seed, pictures.name, footer)
+    write(out / "tsne.png", draw_tsne, embedded, pictures, groups, seed)
+    captions = draw_pairs(embedded, pictures, options)
+    if options.occlusion:
+        content = trained, embedded, pictures.picture, captions, pictures.name, footer
+        write(out / "grid_occlusion.png", draw_occlusion, *content)
+    draw_extremes(out / "grid_best_worst.png", embedded, pictures)
 
-    k = clamped("top-k", options.top_k, pool)
-    images, captions = sample_pairs(pairs, clamped("queries", options.queries, pool), seed)
-    title = f"Text to image: the first {k} of {pool:,} pictures, the true one framed"
-    rows = [text_row(embedded, pictures, i, k) for i in captions]
-    write(out / "grid_text_to_image.png", draw_grid, title, footer, rows)
-    title = f"Image to text: the first {k} of {len(pairs.captions):,} captions, own ones marked ✓"
-    rows = [image_row(embedded, pictures, i, k) for i in images]
-    write(out / "grid_image_to_text.png", draw_grid, title, footer, rows, False)
-    title = "Text to image: best cases (rank 1, widest margin), worst ones, the true image framed"
-    best, worst = extreme_cases(embedded, 4)
-    rows = [text_row(embedded, pictures, i, 2) for i in best]
-    rows += [text_row(embedded, pictures, i, 1) for i in worst]
-    write(out / "grid_best_worst.png", draw_grid, title, footer, rows)
+
+def draw_pairs(embedded: Embedded, pictures: Pictures, options: Namespace) -> list[int]:
+    """Draws what captions and images of mixed quality find; which captions these are."""
+    pairs, pool, seed = embedded.pairs, len(embedded.pairs.rows), options.seed
+    k, count = clamped("top-k", options.top_k, pool), clamped("queries", options.queries, pool)
+    images, texts = sample_pairs(pairs, pool, seed)
+    texts = mixed_cases(texts, embedded.t2i, count, seed)
+    lot = f"Drawn by lot, one from each of {count} parts by rank"
+    rows = [text_row(embedded, pictures, i, k) for i in texts]
+    columns = [Column(2.6, "the query: a caption"), Column(CELL, "true picture")]
+    columns += [Column(CELL, f"predicted: the first {k}"), *[Column()] * (k - 1)]
+    title = f"{pictures.name}: text to image among {pool:,} pictures. {lot}"
+    content = title, pictures.footer, columns, rows
+    write(options.out / "grid_text_to_image.png", draw_grid, *content)
+    rows = [
+        image_row(embedded, pictures, i, k) for i in mixed_cases(images, embedded.i2t, count, seed)
+    ]
+    columns = [Column(CELL, "the query"), Column(5.2, f"predicted: the first {k} captions")]
+    columns += [Column(4.4, "true: its own captions, with their scores")]
+    title = f"{pictures.name}: image to text among {len(pairs.captions):,} captions. {lot}"
+    content = title, pictures.footer, columns, rows
+    write(options.out / "grid_image_to_text.png", draw_grid, *content)
+    return texts
+
+
+def draw_extremes(path: Path, embedded: Embedded, pictures: Pictures) -> None:
+    """Draws the best cases beside the worst ones, with a word on why."""
+    halves, columns = [], []
+    for name, cases in zip(("BEST", "WORST"), extreme_cases(embedded, 4), strict=True):
+        why = reasons(embedded, cases, [found_by(embedded, i, 2) for i in cases])
+        rows = [
+            text_row(embedded, pictures, i, 2, sentence)
+            for i, sentence in zip(cases, why, strict=True)
+        ]
+        rows = [row + [None] * (4 - len(row)) for row in rows]  # there may be one picture
+        halves.append(rows + [[None] * 4] * (4 - len(rows)))
+        head = "rank 1 by the widest margin" if name == "BEST" else "the last ranks"
+        columns += [Column(2.5, f"{name}: {head}"), Column(CELL, "true picture")]
+        columns += [Column(CELL, "predicted: first"), Column(CELL, "second"), Column(0.2)]
+    rows = [[*best, None, *worst] for best, worst in zip(*halves, strict=True) if any(best + worst)]
+    title = f"{pictures.name}: text to image, the best and the worst cases, a picture once"
+    write(path, draw_grid, title, pictures.footer, columns[:-1], rows)
 
 
 def draw_search(trained: Trained, options: Namespace) -> None:
@@ -264,13 +273,14 @@ def draw_search(trained: Trained, options: Namespace) -> None:
     k, rows = clamped("top-k", options.top_k, pool), []
     for query, embedding in zip(options.query, trained.embed_texts(options.query), strict=True):
         hits = find(embedding, pictures.embeddings, k)
-        rows.append(([(query, INK)], cells_of(hits, pictures)))
+        rows.append([[(query, INK)], *(cell_of(hit, pictures) for hit in hits)])
         if options.images:
             print(query)
             for hit in hits:
                 print(f"{hit.rank:,.0f} {hit.score:.3f} {pictures.names[hit.position]}")
-    title = f"Text to image: the first {k} of {pool:,} pictures"
-    write(options.out / name, draw_grid, title, pictures.footer, rows)
+    title = f"{pictures.name}: text to image among {pool:,} pictures"
+    columns = [Column(2.6, "the query"), Column(CELL, f"the first {k}"), *[Column()] * (k - 1)]
+    write(options.out / name, draw_grid, title, pictures.footer, columns, rows)
 
 
 def draw_zero_shot(trained: Trained, options: Namespace) -> None:
@@ -297,6 +307,8 @@ def main(argv: list[str]) -> None:
     flag("--query", action="append", default=[], metavar="TEXT", help="only search it; repeatable")
     flag("--images", type=Path, metavar="DIR", help="search this folder of pictures with --query")
     flag("--html", action="store_true", help="only predictions.html: every query, to look through")
+    text = "also grid_occlusion.png: which words and places carry the scores of the captions drawn"
+    flag("--occlusion", action="store_true", help=text)
     text = "only draw what evaluate.py --analysis wrote; repeatable, side by side"
     flag("--analysis", action="append", type=Path, metavar="DIR", help=text)
     flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all that is drawn by lot")

@@ -1,4 +1,4 @@
-"""Figures of films alone: a corner of the distance matrix, memorising, and genres.
+"""Figures of films alone: corners of distance matrices, memorising, and genres, side by side.
 
 visualize.py calls `draw_films` for such data, and hands in the module evaluate.py.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
@@ -15,70 +15,134 @@ from matplotlib.ticker import MaxNLocator
 from posters.films import plain_title
 from posters.genres import genre_recalls
 from posters.report import DIRECTIONS, MEANING, mean_distances, paired_ranks
-from support.figures import GREY, canvas, wrapped, write
+from support.figures import (
+    HATCHES,
+    MARKERS,
+    canvas,
+    draw_chance,
+    legend_above,
+    wrapped,
+    write,
+)
+
+SHOWN = 40  # films in a corner of the distance matrix
+
+
+class Films(NamedTuple):
+    """Films of a split, each with its first introduction."""
+
+    name: str
+    images: np.ndarray  # (N, D)
+    texts: np.ndarray  # (N, D)
+    records: list[Any]
+
+
+def films_of(name: str, embedded: Any, evaluate: ModuleType, most: int | None = None) -> Films:
+    """The films of an embedded split (evaluate.Embedded), or `most` of them by lot."""
+    pairs = embedded.pairs
+    chosen = np.arange(len(pairs.rows))
+    if most and most < len(chosen):
+        chosen = np.sort(np.random.default_rng(0).choice(chosen, most, replace=False))
+    texts = embedded.text_embeddings[evaluate.first_captions(pairs.caption_image)]
+    records = [pairs.dataset.records[pairs.rows[i]] for i in chosen]
+    return Films(name, embedded.image_embeddings[chosen], texts[chosen], records)
 
 
 def draw_films(
-    out: Path, embedded: Any, history: list[dict[str, float]], footer: str, evaluate: ModuleType
+    out: Path,
+    embedded: Any,
+    trained_on: Any,
+    history: list[dict[str, float]],
+    name: str,
+    footer: str,
+    evaluate: ModuleType,
 ) -> None:
-    """Draws an embedded split of films (evaluate.Embedded), with its first introductions."""
-    pairs = embedded.pairs
-    films = [pairs.dataset.records[row] for row in pairs.rows]
-    images = embedded.image_embeddings
-    texts = embedded.text_embeddings[evaluate.first_captions(pairs.caption_image)]
-    titles = [plain_title(film.title) for film in films[:40]]
-    write(out / "distances.png", draw_distances, -(images[:40] @ texts[:40].T), titles, footer)
+    """Draws an embedded split of films beside as many of the training films (both Embedded)."""
+    films = films_of(f"{embedded.pairs.name} films", embedded, evaluate)
+    both = [films_of("training films", trained_on, evaluate, len(films.images)), films]
+    if embedded.pairs.name == "train":
+        both = both[:1]
+    write(out / "distances.png", draw_distances, both, name, footer)
     if history and "train_top1_t2i" in history[0]:
         checkpoint = footer[footer.rfind("checkpoint") :]  # it is not about the split drawn here
-        write(out / "generalisation.png", draw_gap, history, checkpoint)
-    ranks = paired_ranks(images, texts, evaluate)
-    if recalls := genre_recalls(ranks, [film.genres for film in films]):
-        write(out / "genres.png", draw_genres, recalls, footer)
+        write(out / "generalisation.png", draw_gap, history, name.partition(",")[0], checkpoint)
+    recalls = {}
+    for group in both:
+        ranks = paired_ranks(group.images, group.texts, evaluate)
+        recalls[f"{len(group.images):,} {group.name}"] = genre_recalls(
+            ranks, [film.genres for film in group.records]
+        )
+    if any(recalls.values()):
+        write(out / "genres.png", draw_genres, recalls, name, footer)
 
 
-def draw_distances(path: Path, distances: np.ndarray, titles: list[str], footer: str) -> None:
-    """The corner of D, for the films named: posters are rows, introductions columns."""
-    pairs, rest = mean_distances(distances)
-    means = f"mean {pairs:.3f} on the diagonal, {rest:.3f} off it"
-    title = f"Distance matrix, {len(titles)} films: {means}"
-    names = [wrapped(name, 2.2, 7, 1)[0] for name in titles]
-    side = 3.2 + 0.16 * len(titles)
-    with canvas(path, side + 1.2, side, title, footer) as (figure, _):
-        axes = figure.subplots()
-        axes.set_yticks(range(len(names)), names, size=7)
-        axes.set_xticks(range(len(names)), names, size=7, rotation=90)
-        axes.set(xlabel="introduction of", ylabel="poster of")
-        figure.colorbar(axes.imshow(distances), label="D = minus the cosine (no unit)")
+def draw_distances(path: Path, groups: list[Films], name: str, footer: str) -> None:
+    """The corners of D of some films, on one scale: posters are rows, introductions columns."""
+    corners = [-(films.images[:SHOWN] @ films.texts[:SHOWN].T) for films in groups]
+    scale = {"vmin": min(map(np.min, corners)), "vmax": max(map(np.max, corners))}
+    title = f"{name}: distances of posters (rows) and introductions (columns), on one scale"
+    side = 3.2 + 0.13 * max(map(len, corners))
+    with canvas(path, side * len(groups) + 1.2, side, title, footer) as (figure, _):
+        panels = figure.subplots(1, len(groups), squeeze=False)[0]
+        for axes, films, corner in zip(panels, groups, corners, strict=True):
+            titles = [plain_title(film.title) for film in films.records[:SHOWN]]
+            names = [wrapped(title, 1.7, 7, 1)[0] for title in titles]
+            shown = axes.imshow(corner, cmap="cividis", **scale)
+            axes.set_yticks(range(len(names)), names, size=6)
+            axes.set_xticks(range(len(names)), names, size=6, rotation=90)
+            pairs, rest = mean_distances(corner)
+            means = f"mean {pairs:.3f} on the diagonal, {rest:.3f} off it"
+            axes.set_title(f"{len(names)} {films.name}: {means}", size=10)
+        figure.colorbar(shown, ax=list(panels), label="D = minus the cosine (no unit)")
 
 
-def draw_gap(path: Path, history: list[dict[str, float]], footer: str) -> None:
-    """Accuracy over epochs on training films and on as many dev films."""
+def draw_gap(path: Path, history: list[dict[str, float]], name: str, footer: str) -> None:
+    """Accuracy over epochs on training films and on as many dev films, on one scale."""
     epochs, films = [record["epoch"] for record in history], history[0]["dev_films"]
-    title = "Memorised or learned? Training films against films not trained on (dev)"
+    title = f"{name}: memorised or learned? Training films against films not trained on (dev)"
     with canvas(path, 9.5, 4.2, title, footer) as (figure, _):
-        for axes, (dim, way) in zip(figure.subplots(1, 2), DIRECTIONS.items(), strict=True):
-            for label, key in (("training films", f"train_top1_{way}"), ("dev", f"top1_{way}")):
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, (dim, way) in zip(panels, DIRECTIONS.items(), strict=True):
+            curves = {"training films": f"train_top1_{way}", "dev films": f"top1_{way}"}
+            for (label, key), marker in zip(curves.items(), MARKERS, strict=False):
                 values = [record[key] for record in history]
-                axes.plot(epochs, values, marker="o", label=label, clip_on=False)
-            axes.axhline(100 / films, color=GREY, linestyle="--", linewidth=1, label="chance")
+                axes.plot(epochs, values, marker=marker, label=label, clip_on=False)
             direction = MEANING[dim].partition(":")[0]
             axes.set(title=f"{dim}: {direction}", xlabel="epoch", ylim=(0, None))
+            draw_chance(axes, 100 / films, f"chance: {100 / films:.2g}%")
             axes.set_ylabel(f"accuracy among {films} films (%)")
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
             axes.grid(True)
-            axes.legend()
+            legend_above(axes, 3)
 
 
-def draw_genres(path: Path, recalls: dict[str, dict[str, float]], footer: str) -> None:
-    """Which genres match best: R@10 in both directions, with the number of films."""
-    order = sorted(recalls, key=lambda genre: recalls[genre]["dim0"] + recalls[genre]["dim1"])
-    labels = [f"{genre} ({recalls[genre]['films']})" for genre in order]
-    with canvas(path, 8, 1.2 + 0.32 * len(order), "Recall@10 by genre", footer) as (figure, _):
-        axes, places = figure.subplots(), np.arange(len(order))
-        for shift, (dim, meaning) in zip((0.2, -0.2), MEANING.items(), strict=True):
-            values = [recalls[genre][dim] for genre in order]
-            axes.barh(places + shift, values, 0.38, label=meaning.partition(":")[0])
-        axes.set_yticks(places, labels)
-        axes.set(xlabel="R@10 (%)", ylabel="genre (number of its films)", xlim=(0, None))
-        axes.grid(True, axis="x")
-        axes.legend(loc="lower right")
+def draw_genres(
+    path: Path, groups: dict[str, dict[str, dict[str, float]]], name: str, footer: str
+) -> None:
+    """Which genres match best, a panel for each group of films on one scale: R@10, both ways."""
+    total: dict[str, float] = {}
+    for recalls in groups.values():
+        for genre, cells in recalls.items():
+            total[genre] = total.get(genre, 0) + cells["dim0"] + cells["dim1"]
+    order, title = sorted(total, key=total.__getitem__), f"{name}: Recall@10 by genre"
+    size = 2.2 + 3.8 * len(groups), 1.4 + 0.34 * len(order)
+    with canvas(path, *size, title, footer) as (figure, _):
+        panels = figure.subplots(1, len(groups), sharex=True, squeeze=False)[0]
+        for axes, (group, recalls) in zip(panels, groups.items(), strict=True):
+            places = [order.index(genre) for genre in recalls]
+            looks = zip((0.2, -0.2), MEANING.items(), HATCHES, strict=False)
+            for shift, (dim, meaning), hatch in looks:
+                values = [cells[dim] for cells in recalls.values()]
+                style = {"hatch": hatch, "edgecolor": "white", "linewidth": 0}
+                label = meaning.partition(":")[0]
+                axes.barh(np.add(places, shift), values, 0.38, label=label, **style)
+            counts = [
+                f"{genre} ({recalls[genre]['films'] if genre in recalls else 'too few'})"
+                for genre in order
+            ]
+            axes.set_yticks(range(len(order)), counts)
+            axes.set(xlabel="R@10 (%)", xlim=(0, None), title=group, ylim=(-0.6, len(order) - 0.4))
+            axes.grid(True, axis="x")
+            axes.set_axisbelow(True)
+            legend_above(axes, 1)
+        panels[0].set_ylabel("genre (number of its films)")

@@ -17,10 +17,9 @@ from matplotlib.ticker import NullLocator
 
 from report.analysis import LEAD, WAYS
 from support.command import UserError
-from support.figures import GREY, PALETTE, canvas, wrapped, write
+from support.figures import GREY, MARKERS, PALETTE, canvas, legend_above, wrapped, write
 from support.results import read_csv
 
-MARKERS = "osD^vP"  # models are told apart in greyscale too
 Rows = list[dict[str, str]]
 # The kinds of groups in a figure; a kind that none of them names goes with the pictures.
 CAPTION_KINDS = ("what it speaks of", "number of people", "colour", "number", "action")
@@ -82,7 +81,7 @@ def draw_groups(path: Path, models: list[Analysis], of_captions: bool, footer: s
     columns = ("against_all", "against_all_low", "against_all_high")
     height = 1 + len(order) * (0.13 + 0.09 * len(models))
     with canvas(path, 9.5, height, title, footer) as (figure, _):
-        panels = figure.subplots(1, 2, sharey=True)
+        panels = figure.subplots(1, 2, sharex=True, sharey=True)
         for axes, way in zip(panels, WAYS, strict=True):
             for shift, model in enumerate(models):
                 rows = {(r["kind"], r["group"]): r for r in model.groups if r["direction"] == way}
@@ -100,7 +99,8 @@ def draw_groups(path: Path, models: list[Analysis], of_captions: bool, footer: s
         names = [wrapped(name, 2.8, 8, 1)[0] for name in names]
         panels[0].set_yticks(np.arange(len(order)) + 0.35, names, size=8)
         panels[0].set_ylim(len(order), -0.3)
-        panels[1].legend(loc="best")
+        for axes in panels:
+            legend_above(axes)
 
 
 def draw_words(path: Path, models: list[Analysis], footer: str) -> None:
@@ -185,24 +185,31 @@ def draw_causes(path: Path, models: list[Analysis], footer: str) -> None:
         for axes, draw in zip(figure.subplots(2, 2).flat, panels, strict=True):
             draw(axes, models)
             axes.grid(True)
-            axes.legend()
+            legend_above(axes, 3)
+
+
+def footer_of(models: list[Analysis], intervals: str) -> str:
+    """What was measured and how, and what speaks against it."""
+    first = models[0].about
+    checkpoints = "; ".join(f"{model.name}: {model.about['checkpoint']}" for model in models)
+    footer = (
+        f"{first['splits']} {first['split']} split, {first['images']:,} images, "
+        f"{first['captions']:,} captions; intervals: 95%, {intervals}; {checkpoints}"
+    )
+    if any(model.about["split_by_caption"] for model in models):
+        footer += "; SPLIT BY CAPTION: flatters"
+    if len({model.about["fingerprint"] + model.about["split"] for model in models}) > 1:
+        footer += "; NOT THE SAME DATA OR SPLIT in all"
+    return footer
 
 
 def draw_analysis(folders: list[Path], out: Path | None) -> None:
     """Draws the analyses of some folders side by side and prints what is written. UserError."""
     looks = zip(folders, cycle(PALETTE[:6]), cycle(MARKERS), strict=False)
     models = [read_analysis(folder, colour, marker) for folder, colour, marker in looks]
-    out, first = out or folders[0], models[0].about
-    checkpoints = "; ".join(f"{model.name}: {model.about['checkpoint']}" for model in models)
-    footer = (
-        f"{first['splits']} {first['split']} split, {first['images']:,} images, "
-        f"{first['captions']:,} captions; intervals: 95%, bootstrap over pictures; {checkpoints}"
-    )
-    if any(model.about["split_by_caption"] for model in models):
-        footer += "; SPLIT BY CAPTION: flatters"
-    if len({model.about["fingerprint"] + model.about["split"] for model in models}) > 1:
-        footer += "; NOT THE SAME DATA OR SPLIT in all"
-    write(out / "analysis_captions.png", draw_groups, models, True, footer)
-    write(out / "analysis_pictures.png", draw_groups, models, False, footer)
-    write(out / "analysis_words.png", draw_words, models, footer)
-    write(out / "analysis_causes.png", draw_causes, models, footer)
+    out, drawn = out or folders[0], footer_of(models, "bootstrap over pictures")
+    clustered = footer_of(models, "errors clustered by picture")
+    write(out / "analysis_captions.png", draw_groups, models, True, drawn)
+    write(out / "analysis_pictures.png", draw_groups, models, False, drawn)
+    write(out / "analysis_words.png", draw_words, models, clustered)
+    write(out / "analysis_causes.png", draw_causes, models, drawn)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project abov
 
 from report import findings
 from support.command import Parser, UserError, atomic_write, run
-from support.figures import INK, PALETTE, canvas, wrapped, write
+from support.figures import HATCHES, INK, PALETTE, canvas, legend_above, wrapped, write
 
 HERE = Path(__file__).resolve().parent
 Rows = list[dict[str, str]]
@@ -213,28 +213,32 @@ def translated(text: str, words: dict[str, str]) -> str:
 
 
 def draw_path(path: Path, runs: list[Rows]) -> None:
-    """A bar for each change, its length the mean recall on dev. Raises UserError."""
+    """A bar for each change, its length the mean recall on dev. Raises UserError.
+
+    As narrow as a column of text, so that its letters are not shrunk in one.
+    """
     rows = [run[-1] for run in runs]
     values = [fmean(float(row["mean_recall"]) for row in run) for run in runs]
     footer = "mean of the six recalls on Flickr8k's dev split (R@1, 5, 10 in both directions)"
-    title = "From the assignment to the best recipes, from top to bottom"
-    with canvas(path, 8, 0.42 * len(rows) + 0.9, title, footer) as (figure, _):
+    title = "From the assignment to the best recipes"
+    with canvas(path, 5.6, 0.36 * len(rows) + 1.1, title, footer) as (figure, _):
         axes = figure.subplots()
-        kinds = ("one change", PALETTE[0], True), ("several changes at once", PALETTE[5], False)
-        for label, hue, one in kinds:
+        kinds = (("one change", PALETTE[0], True), ("several changes at once", PALETTE[5], False))
+        for (label, hue, one), hatch in zip(kinds, HATCHES, strict=False):
             places = [i for i, row in enumerate(rows) if (row["changes"] == "1") == one]
-            axes.barh(places, [values[i] for i in places], color=hue, height=0.72, label=label)
-        labels = ["\n".join(wrapped(row["run"], 2.6, 10, 2)) for row in rows]
-        axes.set_yticks(range(len(rows)), labels, size=11)
+            style = {"color": hue, "height": 0.72, "hatch": hatch, "edgecolor": "white"}
+            axes.barh(places, [values[i] for i in places], label=label, linewidth=0, **style)
+        labels = ["\n".join(wrapped(row["run"], 1.9, 9, 2)) for row in rows]
+        axes.set_yticks(range(len(rows)), labels, size=10)
         for place, (value, row) in enumerate(zip(values, rows, strict=True)):
-            text = f"{value:.1f}" + (f"  ({row['bought']})" if place else "")
-            axes.text(value + 0.7, place, text, va="center", size=11, color=INK)
+            text = f"{value:.1f}" + (f" ({row['bought']})" if place else "")
+            axes.text(value + 1, place, text, va="center", size=10, color=INK)
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
-        axes.set(xlabel="mean recall on dev (%)", xlim=(0, 1.2 * max(values)))
+        axes.set(xlabel="mean recall on dev (%)", xlim=(0, 1.38 * max(values)))
         axes.grid(True, axis="x")
         axes.set_axisbelow(True)
-        axes.legend(loc="upper right", bbox_to_anchor=(1, 0.97))
+        legend_above(axes, 2)
 
 
 def main(argv: list[str]) -> None:

@@ -138,6 +138,11 @@ def identity(dataset: CaptionedImages, rows: np.ndarray) -> dict[str, list[str]]
     }
 
 
+def dev_size(content: dict[str, Any]) -> int:
+    """How many images dev had; 0 in a checkpoint that is too old to tell."""
+    return len(content.get("split_images", {}).get("dev", {}).get("digests", []))
+
+
 def restore(run: Run, earlier: dict[str, Any]) -> Run:
     """Everything but the model as a checkpoint's last epoch left it."""
     run.optimizer.load_state_dict(earlier["optimizer"])

@@ -18,7 +18,7 @@ from PIL import Image
 
 from sources.opening import open_picture
 from support.command import UserError
-from support.finder import Finder, Shelf, terms_of
+from support.finder import Finder, Shelf, places_that_matter, terms_of, words_that_matter
 from support.remarks import check_query
 
 UPLOADS = 12  # uploaded pictures that are remembered
@@ -159,8 +159,8 @@ class Desk:
         chosen, vector = self.finders[finder], self.vector(finder, name)
         check_query(text, chosen.trained)
         embedding = chosen.embed_text(text)
-        places = chosen.places_that_matter(self.picture(name, SIZES[1]), embedding)
-        words = chosen.words_that_matter(text, vector)
+        places = places_that_matter(chosen.trained, self.picture(name, SIZES[1]), embedding)
+        words = words_that_matter(chosen.trained, text, vector)
         return {"score": float(embedding @ vector), "words": words, "places": places.tolist()}
 
 

@@ -4,6 +4,8 @@ train.py draws its curves with it after each epoch; visualize.py, posters/ and r
 """
 
 import contextlib
+import math
+import re
 import textwrap
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry, findfont, fontManager, get_font
 from matplotlib.text import Text
@@ -22,6 +25,12 @@ from support.command import atomic_write, warn
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
 PALETTE = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442"]
+# And Tol's ten for classes. Markers, lines and hatches tell apart what greyscale does not.
+TEN = ["#332288", "#88CCEE", "#117733", "#DDCC77", "#CC6677", "#44AA99", "#882255", "#999933"]
+TEN += ["#AA4499", "#000000"]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X", "<", ">", "p"]
+LINES = ["-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 3)), ":"]
+HATCHES = ["", "////", "....", "xxxx"]
 GREEN, RED, GREY, INK = PALETTE[2], PALETTE[3], "#777777", "#222222"
 STYLE = {
     "font.family": ["DejaVu Sans"],  # and what `find_fonts` adds
@@ -31,7 +40,7 @@ STYLE = {
     "grid.alpha": 0.3,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+    "axes.prop_cycle": matplotlib.cycler(color=PALETTE) + matplotlib.cycler(linestyle=LINES),
     "image.cmap": "viridis",
     "lines.markersize": 4,
     "legend.fontsize": 9,
@@ -100,6 +109,7 @@ def wrapped(text: str, inches: float, size: float, lines: int = 4) -> list[str]:
     # No control characters, and a box for what fonts lack: matplotlib would warn of both.
     printable = (c for c in " ".join(text.split()) if unicodedata.category(c)[0] != "C")
     text = unicodedata.normalize("NFC", "".join(printable))
+    text = re.sub(r" (?=[.,;:!?](?: |$))", "\u00a0", text)  # " ." never begins a line
     find_fonts(text)
     plain = "".join(c if ord(c) in DRAWN else "□" for c in text)
     plain = "".join(c + WIDE * (unicodedata.east_asian_width(c) in "WF") for c in plain)
@@ -145,26 +155,66 @@ def write(path: Path, draw: Callable[..., None], *content: Any) -> None:
     print(f"wrote {path}")
 
 
-def draw_curves(history: list[dict[str, float]], path: Path, footer: str = "") -> None:
-    """Draws losses and recalls over epochs; `history` holds a record an epoch. Raises UserError."""
+def legend_above(axes: Axes, columns: int = 3) -> None:
+    """Puts the legend between an axes' title and its lines, none of which it hides."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = max(1, min(columns, len(labels)))
+    order = [i for first in range(columns) for i in range(first, len(labels), columns)]  # by rows
+    shown = [handles[i] for i in order], [labels[i] for i in order]
+    axes.set_title(axes.get_title(), pad=8 + 13 * -(-len(labels) // columns))
+    style = {"frameon": False, "borderaxespad": 0.2, "borderpad": 0, "columnspacing": 1.2}
+    axes.legend(*shown, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, **style)
+
+
+def draw_chance(axes: Axes, value: float, label: str) -> None:
+    """A dotted line at what guessing gives, and room for it."""
+    axes.axhline(value, color=GREY, linestyle=":", linewidth=1.5, label=label)
+    axes.set_ylim(0, max(axes.get_ylim()[1], 1.08 * value))
+
+
+def draw_curves(
+    history: list[dict[str, float]],
+    path: Path,
+    footer: str = "",
+    name: str = "",
+    images: int = 0,
+    batch: int = 1,
+) -> None:
+    """Draws losses and recalls over epochs; `history` holds a record an epoch. Raises UserError.
+
+    name: the run's; images: of dev, measured in batches of `batch`, 0 if it is not known: what
+    guessing gives of 1,000 images is R@10 = 1%, and a loss of ln(batch).
+    """
     epochs = [record["epoch"] for record in history]
     best = max(history, key=lambda record: record["mean_recall"])  # the first of equals
     panels = {
         "Loss": {"train": "train_loss", "dev": "dev_loss"},
-        "Mean recall on dev": {"mean of the six below": "mean_recall"},
+        "Mean recall on dev": {"mean of six": "mean_recall"},
         "Image to text on dev": {f"R@{k}": f"i2t_r{k}" for k in (1, 5, 10)},
         "Text to image on dev": {f"R@{k}": f"t2i_r{k}" for k in (1, 5, 10)},
     }
-    title = f"Training: best epoch {best['epoch']}, mean recall on dev {best['mean_recall']:.1f}%"
-    with canvas(path, 9.5, 6, title, footer) as (figure, _):
+    title = f"best epoch {best['epoch']}, mean recall on dev {best['mean_recall']:.1f}%"
+    title = f"{name or 'Training'}: {title}"
+    highest = max(record[f"{way}_r10"] for record in history for way in ("i2t", "t2i"))
+    with canvas(path, 9.5, 6.6, title, footer) as (figure, _):
         for axes, (name, curves) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-            for (label, key), marker in zip(curves.items(), "os^", strict=False):
+            for (label, key), marker in zip(curves.items(), MARKERS, strict=False):
                 values = [record[key] for record in history]
                 axes.plot(epochs, values, marker=marker, label=label, clip_on=False)
-            axes.axvline(best["epoch"], color=GREY, linestyle="--", linewidth=1, label="best epoch")
             unit = "loss (dev: InfoNCE, nats)" if name == "Loss" else "recall (%)"
             span = epochs[0] - 0.5, epochs[-1] + 0.5
             axes.set(title=name, xlabel="epoch", ylabel=unit, ylim=(0, None), xlim=span)
+            if "R@10" in curves:  # both directions on one scale
+                axes.set_ylim(0, max(1.0, 1.08 * highest))
+            if images and name == "Loss":
+                chance = math.log(images / -(-images // batch))
+                draw_chance(axes, chance, f"chance: {chance:.2f}")
+            elif images:  # of R@10 alone: those of R@1 and R@5 lie between it and 0
+                at_10 = [min(100, 100 * k / images) for k in (1, 5, 10)]
+                chance = at_10[-1] if "R@10" in curves else sum(at_10) / 3
+                of = " of R@10" if "R@10" in curves else ""
+                draw_chance(axes, chance, f"chance{of}: {chance:.2g}%")
+            axes.axvline(best["epoch"], color=GREY, linestyle="--", linewidth=1, label="best epoch")
             axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
             axes.grid(True)
-            axes.legend()
+            legend_above(axes, 3 if "R@10" in curves else 4)

@@ -157,38 +157,37 @@ class Finder:
         scale = np.mean([float(model.scale().detach()) for model in self.trained.members])
         return torch.softmax(torch.from_numpy(classes @ picture) * scale, 0).numpy()
 
-    @torch.inference_mode()
-    def words_that_matter(self, text: str, picture: np.ndarray) -> list[tuple[str, float]]:
-        """Each word of a text and by how much the score with a picture falls without it."""
-        words = text.split()
-        rest = [" ".join(words[:i] + words[i + 1 :]) for i in range(len(words))]
-        scores = self.trained.embed_texts([text, *(words and rest)]) @ picture
-        return [
-            (word, float(scores[0] - score)) for word, score in zip(words, scores[1:], strict=True)
-        ]
 
-    def places_that_matter(
-        self, picture: Image.Image, text: np.ndarray, side: int = 7
-    ) -> np.ndarray:
-        """(side, side): by how much the score with a text falls when a place is painted over.
+def words_that_matter(trained: Trained, text: str, picture: np.ndarray) -> list[tuple[str, float]]:
+    """Each word of a text and by how much the score with a picture falls without it."""
+    words = text.split()
+    rest = [" ".join(words[:i] + words[i + 1 :]) for i in range(len(words))]
+    scores = trained.embed_texts([text, *(words and rest)]) @ picture
+    return [(word, float(scores[0] - score)) for word, score in zip(words, scores[1:], strict=True)]
 
-        Each square of a grid takes the picture's mean colour, with half a square around it.
-        """
 
-        def pixels_at(size: int) -> np.ndarray:
-            whole = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
-            painted = np.repeat(whole[None], side * side + 1, 0)
-            edges = np.linspace(0, size, side + 1)
-            margin, mean = size / side / 2, whole.mean((0, 1)).astype(np.uint8)
-            for place in range(side * side):
-                row, column = divmod(place, side)
-                top, left = (max(0, round(edges[i] - margin)) for i in (row, column))
-                bottom, right = (round(edges[i + 1] + margin) for i in (row, column))
-                painted[place + 1, top:bottom, left:right] = mean
-            return painted
+def places_that_matter(
+    trained: Trained, picture: Image.Image, text: np.ndarray, side: int = 7
+) -> np.ndarray:
+    """(side, side): by how much the score with a text falls when a place is painted over.
 
-        scores = self.trained.embed_pixels(pixels_at) @ text
-        return (scores[0] - scores[1:]).reshape(side, side)
+    Each square of a grid takes the picture's mean colour, with half a square around it.
+    """
+
+    def pixels_at(size: int) -> np.ndarray:
+        whole = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+        painted = np.repeat(whole[None], side * side + 1, 0)
+        edges = np.linspace(0, size, side + 1)
+        margin, mean = size / side / 2, whole.mean((0, 1)).astype(np.uint8)
+        for place in range(side * side):
+            row, column = divmod(place, side)
+            top, left = (max(0, round(edges[i] - margin)) for i in (row, column))
+            bottom, right = (round(edges[i + 1] + margin) for i in (row, column))
+            painted[place + 1, top:bottom, left:right] = mean
+        return painted
+
+    scores = trained.embed_pixels(pixels_at) @ text
+    return (scores[0] - scores[1:]).reshape(side, side)
 
 
 def ranked(scores: np.ndarray, k: int) -> list[tuple[int, float]]:

@@ -11,6 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 
+def first_captions(caption_image: np.ndarray) -> np.ndarray:
+    """For each image the position of its first caption."""
+    return np.unique(caption_image, return_index=True)[1]
+
+
 def cosine(queries: np.ndarray, pool: np.ndarray) -> np.ndarray:
     """Unit-length (Q, D) and (N, D) -> float64 (Q, N)."""
     return queries.astype(np.float64) @ pool.T.astype(np.float64)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from support.command import atomic_write
 from support.hits import cosine, top_k
-from support.topics import topics
+from support.topics import topics_of
 
 if TYPE_CHECKING:
     from evaluate import Embedded
@@ -65,7 +65,7 @@ def page_data(
     owner, own = pairs.caption_image.tolist(), [[] for _ in pairs.rows]
     for caption, image in enumerate(owner):
         own[image].append(caption)
-    topic, names = topics([" ".join(pairs.captions[i] for i in row) for row in own], seed, most=10)
+    topic, names = topics_of(pairs, seed)
     bar = tqdm(range(len(images)), "thumbnails", leave=False, disable=None)
     return {
         "title": f"Predictions: {len(texts):,} captions and {len(images):,} pictures",

@@ -15,15 +15,21 @@ from typing import Any
 
 from dataset import CaptionedImages, Tokenizer, image_transform, load_dataset
 from models import CLIP, TEXT_TOWERS, build_model, model_from_checkpoint
-from support.checkpoint import fill_from, load_checkpoint
+from support.checkpoint import dev_size, fill_from, load_checkpoint
 from support.command import UserError, atomic_write, later, out_of_memory, warn
+from support.folders import run_name
 from support.options import checkpoint_in
 
 # ---------------------------------------------------------------------------- a run's folder
 
 
-def write_history(out: Path, history: list[dict[str, float]], footer: str) -> None:
-    """Writes history.csv and draws curves.png; one that another program has open stays as it is."""
+def write_history(
+    out: Path, history: list[dict[str, float]], footer: str, images: int, batch: int
+) -> None:
+    """Writes history.csv and draws curves.png; one that another program has open stays as it is.
+
+    Dev holds `images`, measured in batches of `batch`: from them follows what chance gives.
+    """
 
     def write_table(path: Path) -> None:
         with atomic_write(path) as temporary, temporary.open("w", newline="") as file:
@@ -32,7 +38,7 @@ def write_history(out: Path, history: list[dict[str, float]], footer: str) -> No
             writer.writerows(history)
 
     def draw(path: Path) -> None:
-        later("support.figures", "draw_curves")(history, path, footer)
+        later("support.figures", "draw_curves")(history, path, footer, run_name(out), images, batch)
 
     for path, write in ((out / "history.csv", write_table), (out / "curves.png", draw)):
         try:
@@ -45,7 +51,8 @@ def write_history(out: Path, history: list[dict[str, float]], footer: str) -> No
 
 def complete(out: Path, home: Path, earlier: dict[str, Any]) -> int:
     """What there is to do for a finished run: it may have been stopped before its last file."""
-    write_history(out, earlier["history"], earlier.get("origin", ""))
+    images, batch = dev_size(earlier), earlier["config"]["batch_size"]
+    write_history(out, earlier["history"], earlier.get("origin", ""), images, batch)
     further = "; --epochs N goes further" if home == out else ""
     print(f"{out}: this run is finished after {earlier['epoch']} epochs{further}")
     return 0

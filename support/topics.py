@@ -3,16 +3,37 @@
 visualize.py colours t-SNE by them, and its page of predictions is filtered by them.
 """
 
+from __future__ import annotations
+
 import warnings
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from sources.texts import COUNTED
 
+if TYPE_CHECKING:
+    from dataset import Pairs
+
 COLOURS = "black white red blue green yellow brown orange pink purple gray grey tan blond blonde"
 
 
-def topics(texts: list[str], seed: int, most: int = 8) -> tuple[np.ndarray, list[str]]:
+class Topics(NamedTuple):
+    """The topic of each picture of a split, by its captions; -1 if they have no words."""
+
+    of_image: np.ndarray  # (images,)
+    names: list[str]
+
+
+def topics_of(pairs: Pairs, seed: int) -> Topics:
+    """Ten topics of the pictures of a split, or fewer."""
+    texts = [""] * len(pairs.rows)
+    for caption, image in zip(pairs.captions, pairs.caption_image, strict=True):
+        texts[image] += f" {caption}"
+    return Topics(*topics(texts, seed))
+
+
+def topics(texts: list[str], seed: int, most: int = 10) -> tuple[np.ndarray, list[str]]:
     """Sorts texts by NMF over TF-IDF: (topic of each, -1 if it has no words; topics' names)."""
     from sklearn.decomposition import NMF
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer

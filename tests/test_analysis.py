@@ -9,14 +9,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import listed, photo
+from conftest import listed, pairs, photo
 from PIL import Image
 from scipy import stats
 
 import evaluate
 import visualize
-from report import analysis, causes, groups, predictions
+from dataset import load_dataset
+from report import analysis, causes, groups, leak, occlusion, predictions, reasons
 from support.command import UserError
+from support.finder import places_that_matter, words_that_matter
 from support.results import cell_of, read_csv, write_csv
 
 # --------------------------------------------------------------------------- CSV and predictions
@@ -483,3 +485,101 @@ def test_analysis_of_a_run_and_its_figures(run, tiny_run, tmp_path, capsys, monk
     assert drawn == [f"analysis_{name}.png" for name in ("captions", "causes", "pictures", "words")]
     with pytest.raises(UserError, match="is no analysis"):
         visualize.main(["--analysis", str(tmp_path / "figures")])
+
+
+# ---------------------------------------------------------------------------------- the leak
+
+
+def test_the_leak_is_by_line_and_marked(photo_data, cache, tmp_path, capsys):
+    leak.main(["--data", str(photo_data), "--out", str(tmp_path / "leak")])
+    assert "test pictures are trained on too" in capsys.readouterr().out
+    links = list((tmp_path / "leak" / "images").iterdir())
+    assert len(links) == 40 and all(link.is_symlink() for link in links)
+    data = load_dataset(tmp_path / "leak", "given", 32, cache, 0)
+    assert data.by_caption and "by caption" in capsys.readouterr().err
+    lines = [(data.names[i], c) for i, c in zip(data.caption_image, data.captions, strict=True)]
+    assert sorted(lines) == sorted(pairs(40))  # every line once
+    counts = {name: int((data.labels == name).sum()) for name in ("train", "dev", "test")}
+    assert counts == {"train": 160, "dev": 20, "test": 20}
+    trained = {line[0] for line, label in zip(lines, data.labels, strict=True) if label == "train"}
+    tested = {line[0] for line, label in zip(lines, data.labels, strict=True) if label == "test"}
+    assert tested <= trained
+    refused = load_dataset(tmp_path / "leak", "auto", 32, cache, 0)
+    assert not refused.by_caption
+
+
+def test_the_pool_and_the_lot_of_the_leak(photo_data, tmp_path):
+    words = ["--data", str(photo_data), "--pool", "5"]
+    for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        leak.main([*words, "--out", str(tmp_path / out), "--seed", seed])
+    texts = [(tmp_path / out / "test_captions.txt").read_text("utf-8") for out in "abc"]
+    assert texts[0] == texts[1] != texts[2]
+    for text in texts:
+        rows = list(csv.DictReader(text.splitlines()))
+        assert len({row["image"] for row in rows}) == 5
+        assert {(row["image"], row["caption"]) for row in rows} <= set(pairs(40))
+    with pytest.raises(UserError, match="is there already"):
+        leak.main([*words, "--out", str(tmp_path / "a")])
+    with pytest.raises(UserError, match="does not exist"):
+        leak.main(["--data", str(tmp_path / "none"), "--out", str(tmp_path / "d")])
+
+
+# -------------------------------------------------------------------------------- occlusion
+
+
+def test_occlusion_finds_the_word_and_the_place(monkeypatch, tmp_path):
+    """A model that knows one word and the brightness of one corner."""
+
+    class Known:
+        def embed_texts(self, texts):
+            return np.array([[1.0 if "dog" in text.split() else 0.2, 0.5] for text in texts])
+
+        def embed_pixels(self, pixels_at):
+            corner = pixels_at(28)[:, :4, :4].mean((1, 2, 3)) / 255
+            return np.stack([corner, 0 * corner], 1)
+
+    falls = words_that_matter(Known(), "a dog runs", np.array([1.0, 0.0]))
+    assert [(word, round(fall, 6)) for word, fall in falls] == [("a", 0), ("dog", 0.8), ("runs", 0)]
+    pixels = np.zeros((70, 70, 3), np.uint8)
+    pixels[:10, :10] = 255
+    places = places_that_matter(Known(), Image.fromarray(pixels), np.array([1.0, 0.0]))
+    assert places.shape == (7, 7) and places.argmax() == 0 and places[3:, 3:].max() == 0
+
+    drawn = []
+    monkeypatch.setattr(occlusion, "draw_words", lambda axes, falls, rank: drawn.append(falls))
+    embedded = ranked(np.eye(2), np.eye(2)[[0, 0]], ["a dog", "dog"], [0, 1])
+    embedded.pairs.captions[1] = "dog"
+    picture = lambda place: Image.fromarray(pixels)  # noqa: E731
+    occlusion.draw_occlusion(
+        tmp_path / "a.png", Known(), embedded, picture, [0, 1], "run, test", "foot"
+    )
+    assert [[word for word, _ in falls] for falls in drawn] == [["a", "dog"], ["dog"]]
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_occlusion_of_a_run(tiny_run, cache, tmp_path):
+    words = ("--split", "dev", "--queries", 2, "--occlusion", "--out", tmp_path)
+    fixed = ("--cache", cache, "--workers", 0, "--device", "cpu")
+    visualize.main([str(word) for word in (tiny_run / "best.pt", *words, *fixed)])
+    assert "grid_occlusion.png" in listed(tmp_path)
+
+
+# --------------------------------------------------------------------------------- reasons
+
+
+def test_reasons_tell_margins_and_shared_words():
+    """Captions 0 and 2 find their pictures' rivals, 1 its own."""
+    images = np.eye(3)
+    texts = np.array([[0.6, 0.8, 0.0], [0.0, 0.8, 0.6], [0.8, 0.6, 0.0]])
+    embedded = ranked(images, texts, ["a", "b", "c"], [0, 1, 2])
+    embedded.pairs.captions[:] = ["two dogs run on snow", "the dog runs on snow", "a red boat"]
+    found = [visualize.found_by(embedded, i, 2) for i in range(3)]
+    first, second, third = reasons.reasons(embedded, [0, 1, 2], found)
+    assert first.startswith("behind the first by 0.200; the first's captions have 4 of its 5")
+    assert first.endswith(": dogs, run, on, snow; a near miss")
+    assert (
+        second == "ahead of the next by 0.200; the next's captions have none of its 4 telling words"
+    )
+    assert third.startswith("behind the first by 0.800; the first's captions have none of its 2")
+    alone = ranked(np.eye(1), np.eye(1), ["a"], [0])
+    assert reasons.reasons(alone, [0], [visualize.found_by(alone, 0, 2)]) == ["the only picture"]

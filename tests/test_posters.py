@@ -558,6 +558,7 @@ def test_visualize_draws_films(trained, tmp_path, monkeypatch):
         for line, key in zip(axes.lines, (f"train_top1_{way}", f"top1_{way}"), strict=False):
             assert line.get_ydata() == pytest.approx([float(record[key]) for record in history])
         assert axes.lines[2].get_ydata()[0] == 100 / int(history[0]["dev_films"])  # chance
+    assert gap.axes[0].get_ylim() == gap.axes[1].get_ylim()
     assert footer.startswith("checkpoint run/best.pt")
     files = ["--split", "test", "--save-embeddings", tmp_path / "e.npz"]
     call(evaluate, run / "best.pt", *flags, *files)
@@ -566,15 +567,23 @@ def test_visualize_draws_films(trained, tmp_path, monkeypatch):
     rows = [saved["image_names"].tolist().index(name) for name in sorted(tests)]
     matrix = -saved["image_embeddings"][rows] @ saved["text_embeddings"][rows].T
     figure, title, _ = shown["distances"]
-    np.testing.assert_allclose(figure.axes[0].images[0].get_array(), matrix, atol=1e-5)
-    assert f"mean {matrix.diagonal().mean():.3f} on the diagonal" in title
-    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    seen, held = figure.axes[:2]  # training films and held-out ones, on one scale
+    np.testing.assert_allclose(held.images[0].get_array(), matrix, atol=1e-5)
+    assert f"mean {matrix.diagonal().mean():.3f} on the diagonal" in held.get_title()
+    assert "training films" in seen.get_title() and title.startswith("run, test split: ")
+    assert seen.images[0].get_clim() == held.images[0].get_clim()
+    assert seen.images[0].get_array().shape == matrix.shape
+    trained_on = {plain_title(film(n)[1])[:12] for n in range(60) if n % 3 != 2}
+    assert {label.get_text()[:12] for label in seen.get_yticklabels()} <= trained_on
+    names = [label.get_text() for label in held.get_yticklabels()]
     assert names[0].startswith(plain_title(film(int(sorted(tests)[0][:2]) - 10)[1])[:12])
 
 
 def test_genres_are_drawn(tmp_path):
     recalls = {"Drama": {"films": 12, "dim0": 10.0, "dim1": 20.0}}
-    posters.figures.draw_genres(tmp_path / "genres.png", recalls, "")
+    more = {**recalls, "Horror": {"films": 7, "dim0": 30.0, "dim1": 40.0}}
+    groups = {"training films": more, "test films": recalls}
+    posters.figures.draw_genres(tmp_path / "genres.png", groups, "run, test split", "")
     assert Image.open(tmp_path / "genres.png").size[0] > 500
 
 

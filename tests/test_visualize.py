@@ -19,10 +19,12 @@ import visualize
 from evaluate import retrieval_metrics, retrieval_ranks
 from sources.pictures import decode
 from sources.texts import clean_text
-from support import figures
+from support import cases, figures, grid, similarity, thumbnails
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command import UserError
+from support.folders import run_name
 from support.hits import top_k
+from support.topics import Topics, topics
 
 COUNT = 24
 ODD = ("costs $5 or $\\alpha_{", "a dog \U0001f415 \x07\x1b[31m 犬", "x" * 300)
@@ -112,14 +114,15 @@ def embedded(images: int = 30, each: int = 2, seed: int = 0) -> evaluate.Embedde
 
 
 def test_every_figure_of_a_split_with_odd_captions(draw, capsys, monkeypatch):
-    footers = []
+    footers, titles = [], {}
     original = visualize.canvas
 
     def noted(path, width, height, title, footer):
         footers.append(footer)
+        titles[path.name] = title
         return original(path, width, height, title, footer)
 
-    for module in (visualize, figures):
+    for module in (visualize, figures, grid, similarity):
         monkeypatch.setattr(module, "canvas", noted)
     assert draw("--split", "train", "--queries", 3, "--top-k", 20) == ALL
     wrote = [line for line in capsys.readouterr().out.splitlines() if line.startswith("wrote ")]
@@ -128,6 +131,8 @@ def test_every_figure_of_a_split_with_odd_captions(draw, capsys, monkeypatch):
         "SPLIT BY CAPTION" in footer and "odd/best.pt, epoch" in footer for footer in footers
     )
     assert all("train split" in footer for footer in footers[1:])
+    assert titles.keys() == ALL and titles.pop("curves.png").startswith("odd: ")
+    assert all(title.startswith("odd, train split: ") for title in titles.values())
 
 
 def test_figures_stand_beside_the_checkpoint(model_file, tmp_path, cache, monkeypatch):
@@ -174,7 +179,8 @@ def test_several_checkpoints_stand_side_by_side(model_file, tmp_path, cache, mon
     for paths in ([twin], [twin, model_file]):
         words = [*paths, "--query", "a red dog", "--cache", cache, "--workers", 0]
         visualize.main([str(word) for word in words])
-    (path, _, footer, ((_, cells),)), (both_path, _, both, ((_, both_cells),)) = drawn
+    (path, _, footer, _, ((_, *cells),)), (both_path, title, both, _, ((_, *both_cells),)) = drawn
+    assert title.startswith("twin and odd, test split: ")
     assert path == both_path == tmp_path / "twin" / "figures" / "grid_query.png"
     assert [cell.note for cell in cells] == [cell.note for cell in both_cells]
     assert "checkpoint twin/best.pt, epoch" in footer
@@ -311,12 +317,29 @@ def test_curves(tmp_path, monkeypatch, epochs):
     assert Image.open(tmp_path / "curves.png").size[0] > 800
     lines = [line for axes in drawn[0].axes for line in axes.get_lines()]
     curves = [line for line in lines if line.get_label() != "best epoch"]
-    labels = ["train", "dev", "mean of the six below", *["R@1", "R@5", "R@10"] * 2]
+    labels = ["train", "dev", "mean of six", *["R@1", "R@5", "R@10"] * 2]
     assert [line.get_label() for line in curves] == labels
     for line, key in zip(curves, keys, strict=True):
         assert line.get_xdata().tolist() == list(range(1, epochs + 1))
         assert list(line.get_ydata()) == [record[key] for record in history]
     assert {min(epochs, 3)} == {x for line in lines[2:3] for x in line.get_xdata()}
+
+
+def test_curves_mark_chance_and_keep_legends_off_the_lines(tmp_path, monkeypatch):
+    kept = drawn_by(monkeypatch)
+    history = [{"epoch": i + 1, **RECORD} for i in range(3)]
+    figures.draw_curves(history, tmp_path / "curves.png", "", "run", images=200, batch=64)
+    chances = []
+    for axes in kept[0].axes:
+        (chance,) = [line for line in axes.get_lines() if line.get_label().startswith("chance")]
+        chances.append(chance.get_ydata()[0])
+        assert axes.get_ylim()[1] > chances[-1]
+        box, inside = axes.get_legend().get_window_extent(), axes.get_window_extent()
+        assert box.y0 >= inside.y1 - 1  # above the axes, where no line runs
+        assert box.x0 > inside.x0 - 30 and box.x1 < inside.x1 + 30
+    # 200 images are measured in 4 batches of 50; R@K of chance is K in 200.
+    assert chances == pytest.approx([np.log(50), (0.5 + 2.5 + 5) / 3, 5, 5])
+    assert kept[0].axes[2].get_ylim() == kept[0].axes[3].get_ylim()
 
 
 def test_top_k_is_a_prefix_with_ties_by_position_and_nan_last():
@@ -356,25 +379,82 @@ def test_the_best_own_caption_follows_when_none_is_found():
     assert inside and outside
 
 
+def pool_of(split: evaluate.Embedded) -> visualize.Pictures:
+    picture = lambda i: f"picture {i}"  # noqa: E731
+    return visualize.Pictures(split.image_embeddings, picture, [], "the footer", "run, test split")
+
+
 def test_cells_name_ranks_and_frame_the_true_image():
-    hits = [visualize.Hit(1, 0, 0.5, False), visualize.Hit(1234.0, 2, -0.25, True)]
-    pool = visualize.Pictures(np.zeros((3, 8)), lambda i: f"picture {i}", [], "")
-    first, second = visualize.cells_of(hits, pool)
+    pool = pool_of(embedded(3, 1))
+    first = visualize.cell_of(visualize.Hit(1, 0, 0.5, False), pool)
+    second = visualize.cell_of(visualize.Hit(1234.0, 2, -0.25, True), pool)
     assert first == ("picture 0", "1: 0.500", None)
-    assert second == ("picture 2", "1,234: -0.250 true image", visualize.GREEN)
-    named = visualize.cells_of(hits, pool._replace(names=["a", "b", "c"]))
-    assert [cell.note.split("\n")[1] for cell in named] == ["a", "c"]
+    assert second == ("picture 2", "1,234: -0.250 ✓", visualize.GREEN)
+    named = visualize.cell_of(visualize.Hit(1, 2, 0.5, False), pool._replace(names=["a", "b", "c"]))
+    assert named.note.split("\n")[1] == "c"
+
+
+def test_text_rows_show_the_true_picture_beside_those_found():
+    split = embedded(images=5, each=2)
+    pool, found = pool_of(split), 0
+    for i, true in enumerate(split.pairs.caption_image):
+        (query, (said, hue)), own, *cells = visualize.text_row(split, pool, i, 2)
+        assert query[0] == f"caption {i}" and f"rank {split.t2i[i]:.0f} of 5" in said
+        assert own.picture == f"picture {true}" and own.frame == visualize.GREEN
+        order = np.argsort(-(split.image_embeddings @ split.text_embeddings[i]))[:2]
+        assert [cell.picture for cell in cells] == [f"picture {j}" for j in order]
+        right = split.t2i[i] <= 2
+        assert [cell.frame is not None for cell in cells] == [j == true for j in order]
+        assert hue == (visualize.GREEN if right else visualize.RED) and ("✓" in said) == right
+        found += right
+    assert 0 < found < 10
 
 
 def test_image_rows_tell_own_captions_from_others():
     split = embedded(images=5, each=2)
-    pool = visualize.Pictures(split.image_embeddings, lambda i: f"picture {i}", [], "")
     for i in range(5):
-        (verdict, *lines), (cell,) = visualize.image_row(split, pool, i, 5)
+        cell, (verdict, *lines), true = visualize.image_row(split, pool_of(split), i, 5)
         assert cell.picture == f"picture {i}" and f"rank {split.i2t[i]:.0f} of 10" in verdict[0]
         own = {f"caption {2 * i}", f"caption {2 * i + 1}"}
+        assert len(lines) == 5
         for text, colour in lines:
             assert ("✓" in text) == (colour == visualize.GREEN) == (text[-9:] in own)
+            assert ("✗" in text) != ("✓" in text)
+        scores = split.text_embeddings[2 * i : 2 * i + 2] @ split.image_embeddings[i]
+        order = np.argsort(-scores)
+        assert [text for text, _ in true] == [f"{scores[j]:.3f} caption {2 * i + j}" for j in order]
+
+
+def test_mixed_cases_are_one_of_each_part_by_rank():
+    ranks = np.random.default_rng(0).permutation(60) + 1.0
+    queries = np.arange(10, 60)
+    chosen = cases.mixed_cases(queries, ranks, 5, seed=1)
+    parts = np.sort(ranks[queries]).reshape(5, 10)
+    for query, part in zip(chosen, parts, strict=True):
+        assert query >= 10 and ranks[query] in part
+    assert chosen == cases.mixed_cases(queries, ranks, 5, seed=1)
+    assert chosen != cases.mixed_cases(queries, ranks, 5, seed=2)
+    ties = [cases.mixed_cases(np.arange(6), np.ones(6), 3, seed) for seed in range(20)]
+    assert {i for few in ties for i in few} == set(range(6))  # by lot where ranks are equal
+
+
+def test_grids_hold_whole_captions_under_the_heads_of_their_columns(tmp_path, monkeypatch):
+    texts, original = [], figures.Figure.text
+
+    def noted(self, x, y, text, **style):
+        texts.append((x, text))
+        return original(self, x, y, text, **style)
+
+    monkeypatch.setattr(figures.Figure, "text", noted)
+    caption = " ".join(f"word{i}" for i in range(90))
+    row = [[(caption, "black")], grid.Cell(photo(0), "a note", figures.GREEN), None]
+    columns = [grid.Column(2.0, "the head"), grid.Column(), grid.Column(1.0, "other")]
+    grid.draw_grid(tmp_path / "a.png", "title", "footer", columns, [row])
+    left = min(x for x, text in texts if text == "the head")
+    shown = " ".join(text for x, text in texts if x == left and text.startswith("word"))
+    assert shown == caption
+    heads = [x for x, text in texts if text in ("the head", "other")]
+    assert heads[0] < heads[1]
 
 
 def test_extreme_cases_against_a_loop():
@@ -404,6 +484,17 @@ def test_extreme_cases_without_a_hit_or_with_one_image():
     assert visualize.extreme_cases(missed, 4) == [[], [0]]
 
 
+def photos_of(split: evaluate.Embedded) -> visualize.Pictures:
+    return pool_of(split)._replace(picture=photo)
+
+
+def topics_of(split: evaluate.Embedded) -> Topics:
+    """Three topics in turn; the last picture has none."""
+    topic = np.arange(len(split.pairs.rows)) % 3
+    topic[-1] = -1
+    return Topics(topic, ["dog, snow", "boat, water", "man, red"])
+
+
 def test_modality_gap_against_numpy(tmp_path, monkeypatch):
     titles = []
     original = visualize.canvas
@@ -411,7 +502,7 @@ def test_modality_gap_against_numpy(tmp_path, monkeypatch):
         visualize, "canvas", lambda *words: titles.append(words[3]) or original(*words)
     )
     split = embedded(10)
-    visualize.draw_tsne(tmp_path / "tsne.png", split, 0, "")
+    visualize.draw_tsne(tmp_path / "tsne.png", split, photos_of(split), topics_of(split), 0)
     means = [e.astype(np.float64).mean(0) for e in (split.image_embeddings, split.text_embeddings)]
     gap = np.sqrt(((means[0] - means[1]) ** 2).sum())
     assert f"Modality gap {gap:.3f} " in titles[0]
@@ -419,24 +510,125 @@ def test_modality_gap_against_numpy(tmp_path, monkeypatch):
 
 def test_topics_part_texts_by_their_words():
     texts = ["the red dog in snow, dogs"] * 5 + ["a blue boat on water"] * 5 + ["in the red ..."]
-    topic, labels = visualize.topics(texts, 0, most=2)
+    topic, labels = topics(texts, 0, most=2)
     assert set(topic[:5]) != set(topic[5:10]) and len(set(topic[:5])) == len(set(topic[5:10])) == 1
     assert topic[10] == -1
     assert not {"red", "blue", "the"} & set(" ".join(labels).replace(",", "").split())
     assert "dog" in labels[topic[0]] or "snow" in labels[topic[0]]
-    empty, none = visualize.topics(["the", "$ !"], 0)
+    empty, none = topics(["the", "$ !"], 0)
     assert empty.tolist() == [-1, -1] and none == []
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_few_pairs_and_a_collapsed_model(tmp_path, count):
     split = embedded(count, 1)
-    visualize.draw_tsne(tmp_path / "tsne.png", split, 0, "")
-    visualize.draw_similarity(tmp_path / "similarity.png", split, 0, "")
+    pool, groups = photos_of(split), topics_of(split)
+    visualize.draw_tsne(tmp_path / "tsne.png", split, pool, groups, 0)
+    visualize.draw_similarity(tmp_path / "similarity.png", split, groups, 0, "", "")
+    visualize.draw_extremes(tmp_path / "extremes.png", split, pool)
     same = np.ones((count, 8), np.float32) / np.sqrt(8).astype(np.float32)
     collapsed = split._replace(image_embeddings=same, text_embeddings=same)
-    visualize.draw_tsne(tmp_path / "same.png", collapsed, 0, "")
-    assert len(list(tmp_path.iterdir())) == 3
+    visualize.draw_tsne(tmp_path / "same.png", collapsed, pool, groups, 0)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def drawn_by(monkeypatch) -> list:
+    """The figures that are saved from now on."""
+    kept, savefig = [], figures.Figure.savefig
+    monkeypatch.setattr(
+        figures.Figure,
+        "savefig",
+        lambda *args, **rest: kept.append(args[0]) or savefig(*args, **rest),
+    )
+    return kept
+
+
+def test_tsne_has_a_look_for_each_of_ten_topics_and_few_lines(tmp_path, monkeypatch):
+    kept, split = drawn_by(monkeypatch), embedded(60, 1)
+    groups = Topics(np.arange(60) % 10, [f"topic {i}, x" for i in range(10)])
+    visualize.draw_tsne(tmp_path / "a.png", split, photos_of(split), groups, 0)
+    (axes,) = kept[0].axes
+    shown = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert shown == [f"topic {i}, x (6)" for i in range(10)]
+    lines, *points = axes.collections
+    assert len(lines.get_segments()) == visualize.LINKS < 60
+    images = [part for part in points[::2] if len(part.get_offsets())]  # then their captions
+    colours = {tuple(part.get_edgecolor()[0]) for part in images}
+    shapes = {part.get_paths()[0].vertices.tobytes() for part in images}
+    assert len(images) == len(colours) == len(shapes) == 10
+    boxes = [artist for artist in axes.artists if hasattr(artist, "offsetbox")]
+    assert 3 <= len(boxes) <= thumbnails.MOST
+
+
+def test_thumbnails_are_central_and_apart():
+    points = np.concatenate([np.random.default_rng(i).normal(10 * i, 1, (40, 2)) for i in (0, 1)])
+    topic = np.repeat([0, 1], 40)
+    chosen = thumbnails.spread(points, topic)
+    assert {0, 1} == {int(topic[i]) for i in chosen[:2]} and len(set(chosen)) == len(chosen)
+    for i in chosen[:2]:
+        centre = np.median(points[topic == topic[i]], axis=0)
+        assert np.linalg.norm(points[i] - centre) < 1
+    span = np.ptp(points, axis=0)
+    for k, i in enumerate(chosen):
+        assert all(np.abs((points[i] - points[j]) / span).max() > 0.1 for j in chosen[:k])
+    assert thumbnails.spread(np.zeros((5, 2)), np.zeros(5, int)) == [0]  # all in one place
+
+
+def test_similarity_is_sorted_by_topic_with_pairs_on_the_diagonal(tmp_path, monkeypatch):
+    kept, split = drawn_by(monkeypatch), embedded(40, 2)
+    groups = topics_of(split)
+    similarity.draw_similarity(tmp_path / "a.png", split, groups, 3, "run, test", "")
+    square, histogram = kept[0].axes[:2]
+    images, captions = cases.sample_pairs(split.pairs, 48, 3)
+    names = [label.get_text() for label in square.get_xticklabels()]
+    assert names == [*groups.names, "no words"]
+    assert [label.get_text() for label in square.get_yticklabels()] == names
+    order = sorted(range(40), key=lambda i: (groups.of_image[images[i]] % 9, i))  # -1 % 9 is last
+    wanted = split.image_embeddings[images[order]] @ split.text_embeddings[captions[order]].T
+    np.testing.assert_allclose(square.images[0].get_array(), wanted, atol=1e-6)
+    dots = square.collections[0].get_offsets()
+    assert dots.tolist() == [[i, i] for i in range(40)]
+    labels = histogram.get_legend_handles_labels()[1]
+    rest = wanted[~np.eye(40, dtype=bool)]
+    assert labels[0] == f"not a pair: mean {rest.mean():.3f}"
+    assert labels[1] == f"a pair: mean {wanted.diagonal().mean():.3f}"
+    for patch in histogram.patches:  # both kinds sum to 100%
+        x, y = patch.get_xy().T
+        assert 2 * np.abs(np.diff(y)).sum() > 0 and x.min() <= wanted.min()
+
+
+def test_the_share_of_pairs_above_the_rest_against_a_loop():
+    matched, unmatched = np.array([0.5, 0.1, 0.3]), np.array([0.3, 0.0, 0.2, 0.6])
+    wanted = np.mean([(m > u) + 0.5 * (m == u) for m in matched for u in unmatched])
+    assert similarity.share_above(matched, unmatched) == pytest.approx(100 * wanted)
+
+
+def luminance(colour: str) -> float:
+    """CIE L*, 0 to 100."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    y = float(np.dot([0.2126, 0.7152, 0.0722], linear))
+    return 116 * y ** (1 / 3) - 16 if y > 0.008856 else 903.3 * y
+
+
+def test_runs_are_named_after_their_folder_and_that_of_their_recipe(tmp_path):
+    (tmp_path / "best-0" / "heads").mkdir(parents=True)
+    assert run_name(tmp_path / "best-0" / "heads") == "heads"
+    (tmp_path / "best-0" / "recipe.txt").touch()
+    assert run_name(tmp_path / "best-0" / "heads") == "best-0/heads"
+    assert run_name(tmp_path / "best-0") == "best-0"
+
+
+def test_what_is_drawn_together_is_told_apart_without_colours():
+    """The first three curves by their grey; all others by line, marker and hatch."""
+    greys = [luminance(colour) for colour in figures.PALETTE[:3]]
+    assert min(abs(a - b) for a, b in zip(greys, [*greys[1:], greys[0]], strict=True)) > 10
+    assert abs(luminance(figures.PALETTE[0]) - luminance(figures.PALETTE[5])) > 20  # of ablations
+    assert len({*map(str, figures.LINES)}) == len(figures.LINES) == len(figures.PALETTE)
+    assert len({*figures.MARKERS}) == len(figures.MARKERS) == len(figures.TEN)
+    assert len({*figures.TEN}) == 10 and len({*figures.HATCHES}) == len(figures.HATCHES)
+    cycle = figures.STYLE["axes.prop_cycle"].by_key()
+    assert cycle == {"color": figures.PALETTE, "linestyle": figures.LINES}
 
 
 def test_pairs_are_drawn_by_the_seed_and_belong_together():
@@ -474,9 +666,8 @@ def test_the_page_holds_every_query_and_asks_for_nothing(model_file, tmp_path, c
     options = SimpleNamespace(data=None, splits=None, split="train", cache=cache, workers=0)
     dataset, pairs = evaluate.load_data_for(trained, options)
     split = evaluate.evaluate_trained(trained, dataset, "train", options)
-    assert content["captions"] == pairs.captions and {*map(clean_text, ODD)} <= {
-        *content["captions"]
-    }
+    assert content["captions"] == pairs.captions
+    assert {*map(clean_text, ODD)} <= {*content["captions"]}
     scores = split.text_embeddings.astype(float) @ split.image_embeddings.T.astype(float)
     for way, table, ranks in (("texts", scores, split.t2i), ("images", scores.T, split.i2t)):
         part = content[way]

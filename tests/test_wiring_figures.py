@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from itertools import zip_longest
 from pathlib import Path
 
 import helpers
@@ -395,13 +396,12 @@ def test_a_search_in_a_folder_shows_its_pictures(trained, tmp_path):
 
 
 def test_the_grids_show_what_was_found(trained, figures):
-    """Each row is some caption's first pictures, its own one framed, the last where it is not."""
+    """Each row is some caption's own picture and the first ones found, its own one framed."""
     known = known_colours(trained)
     rows = pictures_in(figures / "grid_text_to_image.png", known)
     possible = set()
     for text, own in zip(trained.texts, trained.owner, strict=True):
-        order = order_of(text, trained.pictures, 4)
-        order += [] if own in order else [int(own)]
+        order = [int(own), *order_of(text, trained.pictures, 4)]
         possible.add(tuple((i, i == own) for i in order))
     assert len(rows) == 6 and all(tuple(row) in possible for row in rows)
     assert len({tuple(row) for row in rows}) > 1
@@ -417,15 +417,16 @@ def test_the_best_and_worst_cases_are_those_of_the_ranks(trained, figures):
     best = [i for i in np.flatnonzero(t2i == 1)]
     best.sort(key=lambda i: -np.diff(np.sort(cosines[i])[-2:])[0])
     worst = np.argsort(-t2i, kind="stable").tolist()
-    wanted = []
-    for order, count in ((best, 2), (worst, 1)):
+    halves = []
+    for order in (best, worst):
         seen: list[int] = []
+        halves.append([])
         for text in order:
             own = int(trained.owner[text])
             if own in seen or len(seen) == 4:
                 continue
             seen.append(own)
-            found = order_of(trained.texts[text], trained.pictures, count)
-            wanted.append([(i, i == own) for i in found])
-            wanted[-1] += [] if own in found else [(own, True)]
+            found = [own, *order_of(trained.texts[text], trained.pictures, 2)]
+            halves[-1].append([(i, i == own) for i in found])
+    wanted = [[*best, *worst] for best, worst in zip_longest(*halves, fillvalue=[])]
     assert rows == wanted
