@@ -38,7 +38,6 @@ from support.checkpoint import contents, restore, save_checkpoint
 from support.command import Parser, later, number, run
 from support.device import AUTOCAST, choose_device, choose_precision, keep_memory
 from support.options import block_count, config_of, per_data
-from support.precision import faster_precision
 
 # ------------------------------------------------------------------------------- the flags
 
@@ -256,7 +255,7 @@ def begin(options: argparse.Namespace, earlier: dict[str, Any] | None = None) ->
     hold_back(model.image_tower, options.train_image)
     hold_back(model.text_tower, options.train_text)
     if options.precision == "auto":
-        options.precision = faster_precision(model, options)
+        options.precision = later("support.precision", "faster_precision")(model, options)
     model.autocast = AUTOCAST[options.precision]
     pairs = {name: dataset.pairs(name, model.tokenizer) for name in ("train", "dev")}
     pairs["train"] = pairs["train"].limited(options.limit, options.seed)

@@ -25,7 +25,7 @@ from support import zeroshot
 from support.cases import extreme_cases, mixed_cases, sample_pairs
 from support.checkpoint import dev_size
 from support.command import Parser, UserError, later, number, output, run, say_unused, warn
-from support.embedding import Trained, load_trained, named, origin, trained_on, whole_history
+from support.embedding import Trained, load_trained, trained_on
 from support.figures import (
     GREEN,
     GREY,
@@ -39,10 +39,10 @@ from support.figures import (
     wrapped,
     write,
 )
-from support.folders import run_name
 from support.grid import CELL, Cell, Column, Row, draw_grid
 from support.hits import Hit, find
 from support.html import write_page
+from support.origin import named, origin, run_name, whole_history
 from support.remarks import check_queries, unread
 from support.similarity import draw_similarity
 from support.thumbnails import draw_thumbnail, spread

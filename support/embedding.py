@@ -3,7 +3,6 @@
 evaluate.py embeds splits; `Trained`, one checkpoint or several, the user's own texts and pictures.
 """
 
-import contextlib
 import math
 from argparse import Namespace
 from collections.abc import Callable
@@ -21,8 +20,6 @@ from sources.texts import unknown_to_all
 from support.checkpoint import load_checkpoint
 from support.command import UserError
 from support.device import choose_device
-from support.folders import run_name
-from support.options import same_run
 
 
 @torch.inference_mode()
@@ -133,30 +130,3 @@ def trained_on(trained: Trained, dataset: CaptionedImages, rows: np.ndarray) -> 
     """Which of some images a member was trained on, by their content: names are used again."""
     seen = set().union(*(content["train_images"]["digests"] for content in trained.contents))
     return np.array([dataset.digests[i] in seen for i in rows])
-
-
-def named(trained: Trained, options: Namespace) -> str:
-    """The folders of the runs that a figure is made from."""
-    paths = options.checkpoint or [trained.path]
-    return " and ".join(run_name(path.parent) for path in paths)
-
-
-def origin(trained: Trained, options: Namespace, dataset: CaptionedImages | None = None) -> str:
-    """Which checkpoints a figure is made from, and whether a split by caption flatters it."""
-    paths = [path.resolve() for path in options.checkpoint or [trained.path]]
-    files = " and ".join(f"{path.parent.name}/{path.name}" for path in paths)
-    torn = any(content["split_by_caption"] for content in trained.contents)
-    mark = "; SPLIT BY CAPTION: flatters" if torn or (dataset and dataset.by_caption) else ""
-    return f"checkpoint {files}, {trained.stage}{mark}"
-
-
-def whole_history(trained: Trained) -> list[dict[str, float]]:
-    """The history of the (first) run up to its last epoch: best.pt ends with the best one."""
-    history = trained.content["history"]
-    folder = trained.path.parent  # of a recipe, it may be, whose runs have folders of their own
-    for last in (*folder.glob("last.pt"), *folder.glob("*/last.pt")):
-        with contextlib.suppress(UserError):  # it may be damaged where best.pt is whole
-            content = load_checkpoint(last)
-            if same_run(trained.content, content):
-                history = max(history, content["history"], key=len)
-    return history

@@ -24,13 +24,6 @@ OF_A_RUN = ("last.pt", "best.pt", "history.csv", "recipe.txt")
 WRITTEN = (*OF_A_RUN, "curves.png", "config.json")
 
 
-def run_name(folder: Path) -> str:
-    """What figures call the run of a folder: after its recipe's folder, where it is one of such."""
-    folder = folder.resolve()
-    of_recipe = (folder.parent / "recipe.txt").is_file()
-    return f"{folder.parent.name}/{folder.name}" if of_recipe else folder.name
-
-
 @contextlib.contextmanager
 def owned(out: Path, new: bool = False) -> Iterator[None]:
     """Inside the block the folder is there, can be written to, and belongs to this process alone.

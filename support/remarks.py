@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from sources.texts import unknown_to_all, words_of
-from support.command import UserError, warn
-from support.precision import describe_precision
+from support.command import UserError, later, warn
 
 if TYPE_CHECKING:
     from dataset import Tokenizer
@@ -67,12 +66,13 @@ def describe(run: Run, options: Namespace) -> str:
         for remark in unknown_words([tokenizer], pairs[split].captions, f"{split} captions"):
             warn(remark)
     dev = len(pairs["dev"].rows)
+    precision = later("support.precision", "describe_precision")(options)
     few = f" (dev has {dev}: with fewer than {FEW} images recalls tell little)" if dev < FEW else ""
     return (
         f"model: {options.image_tower} at {options.image_size} px and {options.text_tower}, "
         f"{weights:,} weights of which {learned:,} learn; "
         f"vocabulary {len(tokenizer.vocabulary):,} words, {tokenizer.cut:,} captions cut to "
-        f"{tokenizer.max_tokens} tokens; {describe_precision(options)} on {model.device}; "
+        f"{tokenizer.max_tokens} tokens; {precision(options)} on {model.device}; "
         f"{images:,} images in {len(pairs['train'].sampler(options)):,} batches; "
         f"chance on dev: R@1 {100 / dev:.2f}%{few}"
     )

@@ -17,7 +17,6 @@ from dataset import CaptionedImages, Tokenizer, image_transform, load_dataset
 from models import CLIP, TEXT_TOWERS, build_model, model_from_checkpoint
 from support.checkpoint import dev_size, fill_from, load_checkpoint
 from support.command import UserError, atomic_write, later, out_of_memory, warn
-from support.folders import run_name
 from support.options import checkpoint_in
 
 # ---------------------------------------------------------------------------- a run's folder
@@ -38,7 +37,9 @@ def write_history(
             writer.writerows(history)
 
     def draw(path: Path) -> None:
-        later("support.figures", "draw_curves")(history, path, footer, run_name(out), images, batch)
+        later("support.figures", "draw_curves")(
+            history, path, footer, later("support.origin", "run_name")(out), images, batch
+        )
 
     for path, write in ((out / "history.csv", write_table), (out / "curves.png", draw)):
         try:
