@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from models import IMAGE_TOWERS, TEXT_TOWERS
 from support import stopping
 from support.checkpoint import load_checkpoint, save_checkpoint
-from support.command import HERE, UserError, atomic_write, dashed, later, warn
+from support.command import HERE, UserError, atomic_write, dashed, later, remove, warn
 from support.device import choose_device, choose_precision
 from support.folders import free_name, owned, refuse_used
 from support.idle import say_idle
@@ -60,7 +60,10 @@ def read_recipe(name: str) -> Recipe:
 
 
 def default_recipe(typed: dict[str, Any]) -> str:
-    """`assignment`; or `plain`, one run, where its text tower cannot learn from captions first."""
+    """`assignment`; or `plain`, one run, where its text tower cannot learn from captions first.
+
+    Raises UserError where the data is not there, or not understood.
+    """
     data, flags = typed.get("data", "Flickr8k"), typed.keys()
     towers = IMAGE_TOWERS.get(typed.get("image_tower")), TEXT_TOWERS.get(typed.get("text_tower"))
     if data == "shapes":
@@ -71,7 +74,7 @@ def default_recipe(typed: dict[str, Any]) -> str:
         return "plain"
     try:
         captions = later("sources.layouts", "read_folder")(Path(data))
-    except (UserError, OSError):  # which loading the data will say better
+    except OSError:  # which loading the data will say better
         return "assignment"
     counts = Counter(row.image for row in captions.rows)
     if 2 * sum(count > 1 for count in counts.values()) >= len(counts):
@@ -96,7 +99,8 @@ def begin_anew(typed: dict[str, Any], parser: Parser, train: Callable[..., int])
 
     The folder is --out, or one named after the data and the time.
     """
-    typed.setdefault("recipe", default_recipe(typed))
+    if "recipe" not in typed:
+        typed["recipe"] = default_recipe(typed)
     recipe = read_recipe(typed["recipe"])
     flags = [parser.typed(words) for _, words in recipe]
     options = resolve(parser, typed, flags[0])
@@ -105,7 +109,12 @@ def begin_anew(typed: dict[str, Any], parser: Parser, train: Callable[..., int])
         if typed.get("out"):
             refuse_used(out)
         if len(recipe) > 1:
-            return run_recipe(recipe, out, parser, typed, train)
+            try:
+                return run_recipe(recipe, out, parser, typed, train)
+            except UserError:
+                if not [*out.rglob("last.pt")]:  # nothing is there to go on from
+                    remove(out / "recipe.txt")
+                raise
         say_idle(options, flags[0], typed)
         return train(options, out, None, out)
 

@@ -72,7 +72,7 @@ def describe(run: Run, options: Namespace) -> str:
         f"model: {options.image_tower} at {options.image_size} px and {options.text_tower}, "
         f"{weights:,} weights of which {learned:,} learn; "
         f"vocabulary {len(tokenizer.vocabulary):,} words, {tokenizer.cut:,} captions cut to "
-        f"{tokenizer.max_tokens} tokens; {precision(options)} on {model.device}; "
+        f"{tokenizer.max_tokens} tokens; {precision} on {model.device}; "
         f"{images:,} images in {len(pairs['train'].sampler(options)):,} batches; "
         f"chance on dev: R@1 {100 / dev:.2f}%{few}"
     )

@@ -29,6 +29,7 @@ def begin(*words: object, code: str = "") -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in a terminal
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 

@@ -237,7 +237,9 @@ def default_of(*words: object) -> str:
 
 
 def test_the_default_recipe_fits_data_and_towers(photo_data, tmp_path, capsys):
-    assert default_of("--data", photo_data) == default_of("--data", tmp_path) == "assignment"
+    assert default_of("--data", photo_data) == "assignment"
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        default_of("--data", tmp_path / "nowhere")
     assert default_of("--data", photo_data, "--text-tower", "transformer") == "assignment"
     assert default_of("--data", "shapes") == "plain"
     for words in (

@@ -160,9 +160,9 @@ def test_a_recipe_of_one_chain_has_one_model(photo_data: Path, tmp_path: Path, c
     out = tmp_path / "run"
     flags = start(photo_data, out, tmp_path / "cache", "--recipe", tmp_path / "chain.txt")
     assert run_train(*flags) == 0
-    assert f"wrote {out / 'best.pt'} (pictures)" in capsys.readouterr().out
-    assert_same_run(out / "best.pt", out / "pictures" / "best.pt")
-    first, second = (load_checkpoint(out / run / "best.pt") for run in ("captions", "pictures"))
+    assert f"wrote {out}: best.pt (epoch 1" in capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {*FILES, "recipe.txt", "captions"}
+    first, second = (load_checkpoint(place / "best.pt") for place in (out / "captions", out))
     assert first["vocabulary"] == second["vocabulary"]
     assert not second["config"]["captions_alone"]
     for name, weight in first["model"].items():
@@ -270,10 +270,16 @@ def test_a_finished_recipe_stays_as_it_is(whole: Path, tmp_path: Path, capsys):
     assert_same_run(copy, whole / "best.pt")
 
 
-@pytest.mark.parametrize("flag", ["epochs", "lr", "seed"])
+@pytest.mark.parametrize("flag", ["lr", "seed"])
 def test_runs_of_a_recipe_keep_their_flags(whole: Path, flag: str):
     with pytest.raises(UserError, match=f"--resume: the runs of a recipe keep their --{flag}"):
         run_train("--resume", whole, f"--{flag}", 3)
+
+
+def test_a_recipe_without_its_data_leaves_nothing(words: list[str], tmp_path: Path):
+    with pytest.raises(UserError, match="does not exist"):
+        run_train(*words, "--data", tmp_path / "nowhere", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_with_a_recipe_is_refused(whole: Path, words: list[str], tmp_path: Path):

@@ -311,7 +311,7 @@ def test_resume_refuses_other_flags(tiny_run: Path, words: list[str]):
 
 
 def test_resume_takes_a_flag_typed_with_the_same_value(tiny_run: Path, capsys):
-    words = ["--lr", "0.001", "--batch_size", 16, "--train-image", "all", "--recipe", "assignment"]
+    words = ["--lr", "0.001", "--batch_size", 16, "--train-image", "all", "--recipe", "plain"]
     assert run_train("--resume", tiny_run, *words) == 0
     assert "finished" in capsys.readouterr().out
 
