@@ -224,7 +224,7 @@ def test_a_recipe_goes_on_after_its_data_have_moved(tmp_path: Path, capsys):
 
 
 def test_a_finished_run_completes_its_files(tiny_run: Path, tmp_path: Path, capsys):
-    out = shutil.copytree(tiny_run, tmp_path / "run")
+    out = shutil.copytree(tiny_run, tmp_path / tiny_run.name)  # which the curves name
     whole = {name: (out / name).read_bytes() for name in ("history.csv", "curves.png")}
     lines = whole["history.csv"].splitlines(keepends=True)
     (out / "history.csv").write_bytes(b"".join(lines[:-1]))  # stopped after its last checkpoint
