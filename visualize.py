@@ -1,7 +1,7 @@
 """The figures: the run's curves, cosines, t-SNE, and grids of what a text or a picture finds.
 
 `python visualize.py [CHECKPOINT ...]` follows evaluate.py, whose embeddings and ranks it draws.
-Files named grid_* show pictures of the data.
+Files named grid_*, and tsne.png, show pictures of the data.
 """
 
 from __future__ import annotations
