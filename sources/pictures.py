@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,9 +179,14 @@ def write_header(file: io.BufferedWriter, shape: tuple[int, ...], kind: type) ->
     np.lib.format.write_array_header_1_0(file, head)
 
 
-def decode_all(paths: list[Path], size: int, workers: int) -> Iterable[Decoded]:
+def decode_quietly(paths: Sequence[Path], size: int, workers: int) -> Iterable[Decoded]:
     """Decodes in order, in `workers` processes where there are pictures enough."""
     work = partial(try_decode, size=size)
     alone = workers < 2 or len(paths) < DECODE_IN_PROCESS
-    pictures = map(work, paths) if alone else in_processes(work, paths, workers, 32)
+    return map(work, paths) if alone else in_processes(work, paths, workers, 32)
+
+
+def decode_all(paths: list[Path], size: int, workers: int) -> Iterable[Decoded]:
+    """The same behind a bar."""
+    pictures = decode_quietly(paths, size, workers)
     return tqdm(pictures, "decoding", len(paths), unit="image", leave=False, disable=None)

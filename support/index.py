@@ -11,7 +11,6 @@ import json
 import time
 import zipfile
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from dataset import Captions, Pixels
-from sources.pictures import DECODE_IN_PROCESS, DECODER, in_processes, try_decode
+from sources.pictures import DECODER, decode_quietly
 from support.command import atomic_write
 from support.embedding import embed_images, embed_texts
 
@@ -126,10 +125,7 @@ def embeddings_of(
 def embed_files(model: CLIP, workers: int, paths: Sequence[Path]) -> np.ndarray:
     """Embeddings (len(paths), D) of picture files; those of one that cannot be read are NaN."""
     size = model.transform["stored_size"]
-    work = partial(try_decode, size=size)
-    alone = workers < 2 or len(paths) < DECODE_IN_PROCESS
-    decoded = map(work, paths) if alone else in_processes(work, paths, workers, 16)
-    pictures = [pixels for pixels, _ in decoded]
+    pictures = [pixels for pixels, _ in decode_quietly(paths, size, workers)]
     blank = np.zeros((size, size, 3), np.uint8)
     pixels = np.stack([blank if picture is None else picture for picture in pictures])
     embeddings = embed_images(model, Pixels(pixels, np.arange(len(pixels)), None), len(pixels))

@@ -64,7 +64,7 @@ def default_recipe(typed: dict[str, Any]) -> str:
 
     Raises UserError where the data is not there, or not understood.
     """
-    data, flags = typed.get("data", "Flickr8k"), typed.keys()
+    data, flags = typed["data"], typed.keys()
     towers = IMAGE_TOWERS.get(typed.get("image_tower")), TEXT_TOWERS.get(typed.get("text_tower"))
     if data == "shapes":
         return "plain"  # its scenes teach both towers at once, in two minutes
@@ -100,7 +100,7 @@ def begin_anew(typed: dict[str, Any], parser: Parser, train: Callable[..., int])
     The folder is --out, or one named after the data and the time.
     """
     if "recipe" not in typed:
-        typed["recipe"] = default_recipe(typed)
+        typed["recipe"] = default_recipe({"data": parser.defaults()["data"], **typed})
     recipe = read_recipe(typed["recipe"])
     flags = [parser.typed(words) for _, words in recipe]
     options = resolve(parser, typed, flags[0])
