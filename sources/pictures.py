@@ -172,8 +172,8 @@ def write_header(file: io.BufferedWriter, shape: tuple[int, ...], kind: type) ->
     needed, free = math.prod(shape) * np.dtype(kind).itemsize, shutil.disk_usage(cache).free
     if free < needed + 2**26:
         raise UserError(
-            f"the cache needs {needed / 1e9:.1f} GB, the disk of {cache} has {free / 1e9:.1f} GB "
-            "free; give --cache DIR on another, or a smaller --image-size"
+            f"the cache needs {needed / 1e6:.0f} MB, the disk of {cache} has {free / 1e6:.0f} MB "
+            "free, of which 64 MB stay; give --cache DIR on another, or a smaller --image-size"
         )
     head = {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, head)
