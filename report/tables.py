@@ -15,7 +15,7 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project above this folder
 
-from report import findings
+from report import findings, single
 from support.command import Parser, UserError, atomic_write, run
 from support.figures import HATCHES, INK, PALETTE, canvas, legend_above, wrapped, write
 
@@ -159,6 +159,11 @@ def analysis(part: str, *names: str) -> str:
     return lines + (f"\n{UNKNOWN}: {'; '.join(missing)}\n" if missing else "")
 
 
+def single_changes() -> Rows:
+    """The runs of report/changes.py, in the order of its list."""
+    return [row for row in read("runs.csv") if row["group"] == "changes"]
+
+
 SPLITS = ("by image", "by caption line")
 UNKNOWN = "not measured yet"
 TABLES: dict[str, Callable[..., str]] = {
@@ -167,6 +172,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "path": lambda: table(f"run|typed|{RECALLS}|mean|bought|minutes|seeds|note", group("path")),
     "journal": lambda name: table(f"run|{RECALLS}|mean|minutes|seeds|note", group(name)),
     "changes": lambda: table("run|mean|bought|seeds", group("path")),
+    "single": lambda: markdown(single.table(single_changes())),
     "leak": leak,
     "analysis": analysis,
     "films": films,
@@ -256,6 +262,7 @@ def main(argv: list[str]) -> None:
             print(f"wrote {page}")
     if not check:
         write(HERE / "figures" / "ablations.png", draw_path, group("path"))
+        single.draw_if_measured(HERE / "figures" / "changes.png", single_changes())
 
 
 if __name__ == "__main__":

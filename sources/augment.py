@@ -25,6 +25,9 @@ AUGMENTATIONS = {
     "mirror": Augmentation(flip=True),
     "light": Augmentation(area=0.6, flip=True, colour=0.1),
     "strong": Augmentation(area=0.35, flip=True, rotate=8, colour=0.3),
+    "scale": Augmentation(area=0.35),  # the parts of `strong`, each alone
+    "rotation": Augmentation(rotate=8),
+    "colour": Augmentation(colour=0.3),
 }
 
 

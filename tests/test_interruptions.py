@@ -104,7 +104,7 @@ def test_stopped_while_pictures_are_decoded(many: Path, tmp_path: Path, signum: 
 def test_stopped_at_random_moments_of_real_data(flickr8k: Path, tmp_path: Path):
     """Twenty times, with eight workers: a terminal sends Ctrl-C to them all."""
     moments = random.Random(0)
-    words = ("--data", flickr8k, "--image-size", 32, "--workers", 8, "--text-tower", "bag")
+    words = ("--data", flickr8k, "--image-size", 32, "--workers", 8, "--recipe", "plain")
     for turn in range(20):
         out, cache = tmp_path / f"run{turn}", tmp_path / "cache"
         process = begin("train.py", *words, "--out", out, "--cache", cache)

@@ -31,6 +31,7 @@ from support.checkpoint import FORMAT, fill_from, load_checkpoint, save_checkpoi
 from support.command import UserError
 from support.device import choose_device, choose_precision
 from support.options import ALL, config_of
+from towers.small_maps import SmallMapConv, exchange
 from towers.text import TextBag
 
 
@@ -145,18 +146,46 @@ def test_pixels_are_normalised_by_the_first_block(model):
 def test_a_resnet_is_torchvisions_without_its_classifier(name, width):
     options = small_options(image_tower=name)
     torch.manual_seed(3)
-    tower = IMAGE_TOWERS[name].build(options).eval()
+    tower = IMAGE_TOWERS[name].build(options).eval().double()
     torch.manual_seed(3)
-    net = torchvision.models.get_model(name, weights=None).eval()
+    net = torchvision.models.get_model(name, weights=None).eval().double()
     net.fc = nn.Identity()
-    expected = net(Normalize()(pictures(2)))
+    images = pictures(2).double()
+    expected = net(Normalize().double()(images))
     assert tower.width == width == expected.shape[1]
-    torch.testing.assert_close(tower(pictures(2)), expected)
-    sides, x = [], torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(tower(images), expected)
+    sides, x = [], torch.rand(1, 3, 64, 64, dtype=torch.float64)
     for block in tower:
         x = block(x)
         sides.append(x.shape[-1])
     assert sides[1] == 16 and sides[-2:] == [2, width]  # a quarter, ..., a 32nd, the mean
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_product_on_a_small_map_is_the_convolution(side, stride, monkeypatch):
+    """Values and all gradients, in float64; from four places a side on it is the convolution."""
+    torch.manual_seed(side)
+    conv = nn.Conv2d(6, 5, 3, stride, 1, bias=False).double()
+    ours = exchange(nn.Sequential(conv))[0]
+    assert type(ours) is SmallMapConv and ours.weight is conv.weight
+    x = torch.randn(3, 6, side, side - side // 5, dtype=torch.float64, requires_grad=True)
+    expected, weights = conv(x), [x, conv.weight]
+    along = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, weights, along)
+    if max(expected.shape[2:]) <= 3:  # then no convolution is called
+        monkeypatch.setattr(nn.Conv2d, "forward", None)
+    found = ours(x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, weights, along), gradients)
+
+
+def test_the_exchanged_resnet_has_the_names_that_it_had():
+    net = torchvision.models.resnet18()
+    names = list(net.state_dict())
+    assert list(exchange(net).state_dict()) == names
+    kept = [name for name, part in net.named_modules() if type(part) is nn.Conv2d]
+    assert kept == ["conv1", *(f"layer{n}.0.downsample.0" for n in (2, 3, 4))]
 
 
 @pytest.mark.parametrize("head", HEADS)

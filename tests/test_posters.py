@@ -677,6 +677,6 @@ def test_training_with_poster_text(tmp_path, capsys):
 @pytest.mark.flickr8k
 @pytest.mark.skipif(not POSTERS.is_dir(), reason=f"no {POSTERS}")
 def test_the_real_posters():
-    layout, described, rows = layouts.read_folder(POSTERS)
+    layout, described, rows, _ = layouts.read_folder(POSTERS)
     assert layout.name == "posters" and described == "posters (movies.csv)" and len(rows) == 2994
     assert sum(row.split == "train" for row in rows) == 1856

@@ -182,7 +182,7 @@ def test_split_by_caption_is_remembered(tmp_path: Path, capsys):
 @pytest.mark.flickr8k
 def test_real_photographs_learn(flickr8k: Path, tmp_path: Path):
     """On the first 1,000 of them: to decode all would take most of the test's time."""
-    _, _, rows = read_folder(flickr8k)
+    rows = read_folder(flickr8k).rows
     names = set(sorted({row.image for row in rows})[:1000])
     (tmp_path / "data" / "images").mkdir(parents=True)
     for name in names:
