@@ -14,6 +14,7 @@ import torchvision
 from conftest import WORDS, listed, small_model, small_options
 from torch import nn
 
+import models
 from dataset import Tokenizer
 from loss import info_nce
 from models import (
@@ -29,7 +30,7 @@ from models import (
 )
 from support.checkpoint import FORMAT, fill_from, load_checkpoint, save_checkpoint
 from support.command import UserError
-from support.device import choose_device, choose_precision
+from support.device import choose_device, choose_precision, native_bf16
 from support.options import ALL, config_of
 from towers.small_maps import SmallMapConv, exchange
 from towers.text import TextBag
@@ -93,13 +94,28 @@ def test_word_order_matters_but_to_a_bag(model):
     assert ((first - turned).abs().max() < 1e-6) == isinstance(model.text_tower, TextBag)
 
 
-def test_packed_lstm_equals_an_unpacked_one_on_each_text_alone():
-    tower = small_model(text_tower="lstm").eval().text_tower
+@pytest.mark.parametrize("layers", [1, 2])
+def test_an_lstm_reads_each_text_in_both_directions(layers):
+    """As two LSTMs do that meet one text, without padding, and the same text turned about."""
+    tower = small_model(text_tower="lstm", text_layers=layers).eval().text_tower
     texts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
-    packed = tower(torch.tensor([text(*words, length=10) for words in texts]))
+    features = tower(torch.tensor([text(*words, length=10) for words in texts]))
     for row, words in enumerate(texts):
-        states, _ = tower.lstm(tower.words(torch.tensor([text(*words)])))
-        torch.testing.assert_close(packed[row], states[0].amax(0), rtol=0, atol=1e-6)
+        x = tower.words(torch.tensor([text(*words)]))
+        states = torch.cat([tower.forwards(x)[0][0], tower.backwards(x.flip(1))[0][0].flip(0)], 1)
+        torch.testing.assert_close(features[row], states.amax(0), rtol=0, atol=1e-6)
+
+
+def test_a_layer_of_both_lstms_is_torchs_bidirectional_one():
+    """The same weights by the same draws, so that runs of one layer are what they were."""
+    tower = small_model(text_tower="lstm", text_layers=1).text_tower
+    both = nn.LSTM(tower.width // 2, tower.width // 2, batch_first=True, bidirectional=True)
+    for name, weight in both.named_parameters():
+        side = tower.backwards if name.endswith("_reverse") else tower.forwards
+        weight.data = side.get_parameter(name.removesuffix("_reverse")).data
+    x = torch.randn(2, 7, tower.width // 2)
+    separate = torch.cat([tower.forwards(x)[0], tower.backwards(x.flip(1))[0].flip(1)], 2)
+    torch.testing.assert_close(both(x)[0], separate)
 
 
 def test_transformer_feature_is_the_mean_over_the_real_tokens():
@@ -349,8 +365,13 @@ def test_choose_precision(monkeypatch):
     assert choose_precision("auto", torch.device("mps")) == "fp32"
 
 
-@pytest.mark.parametrize("tower", ["transformer", "lstm"])
-def test_autocast_lowers_the_precision_in_training_only(tower):
+@pytest.mark.parametrize(
+    ("tower", "instructions"), [("transformer", []), ("lstm", ["avx512_bf16"]), ("lstm", ["amx"])]
+)
+def test_autocast_lowers_the_precision_in_training_only(tower, instructions, monkeypatch):
+    if instructions == ["amx"] and "amx" not in native_bf16():
+        pytest.skip("this CPU has no AMX")
+    monkeypatch.setattr(models, "native_bf16", lambda: instructions)
     model = small_model(text_tower=tower, dropout=0.0)
     images, tokens = pictures(6), torch.tensor([text(i, i + 1, length=6) for i in range(4, 10)])
 
@@ -361,8 +382,9 @@ def test_autocast_lowers_the_precision_in_training_only(tower):
     exact = embed()
     model.autocast = torch.bfloat16
     for kind, lower, expected in zip(("resnet18", tower), embed(), exact, strict=True):
-        # An LSTM on a CPU stays in float32.
-        assert lower.dtype == torch.float32 and torch.equal(lower, expected) == (kind == "lstm")
+        # An LSTM on a CPU without AMX stays in float32.
+        stays = kind == "lstm" and instructions != ["amx"]
+        assert lower.dtype == torch.float32 and torch.equal(lower, expected) == stays
         torch.testing.assert_close(lower.norm(dim=1), torch.ones(6))
         assert (lower * expected).sum(1).min() > 0.995
     model.eval()
