@@ -49,7 +49,7 @@ def resnet18(options: Namespace) -> nn.Sequential:
 
 def cut_resnet(net: nn.Module) -> nn.Sequential:
     """A torchvision ResNet as the blocks that the data meets, one after the other."""
-    net = later("towers.small_maps", "exchange")(net)  # 1.5 times as fast on a CPU
+    net = later("towers.small_maps", "exchange")(net)  # at 96 px, with bf16, 1.4 times as fast
     tower = nn.Sequential(
         Normalize(),
         nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool),  # (B, 64, S/4, S/4)

@@ -264,7 +264,7 @@ def begin(options: argparse.Namespace, earlier: dict[str, Any] | None = None) ->
         as_many = min(len(pairs["dev"].rows), len(pairs["train"].rows))
         pairs["sample"] = pairs["train"].limited(as_many, 0)
     learner = model
-    for applies, trick in TRICKS:  # none in the assignment
+    for applies, trick in TRICKS:  # none in `plain`; `assignment` starts from captions
         if applies(options):
             learner, pairs = trick(learner, pairs, options)
     loss = build_loss(options, pairs["train"]).to(device)

@@ -181,7 +181,7 @@ def main(argv: list[str]) -> None:
     flag("--markdown", type=output, metavar="FILE", help="and as a table")
     keep_memory()
     typed = parser.typed(argv)
-    recipe = read_recipe(typed.get("recipe", "assignment"))
+    recipe = read_recipe(typed.get("recipe", "plain"))
     options = resolve(parser, typed, parser.typed(recipe[0][1]))
     trained = begin(options)
     print(describe(trained, options))

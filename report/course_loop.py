@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
     flag = parser.add_argument_group("benchmark").add_argument
     flag("--batches", type=number(int, 2, 100_000), default=15, help="to train on")
     typed = parser.typed(argv)
-    recipe = read_recipe(typed.get("recipe", "assignment"))
+    recipe = read_recipe(typed.get("recipe", "plain"))
     options = resolve(parser, typed, parser.typed(recipe[0][1]))
     print(f"{images_per_second(options):.3f}")
 

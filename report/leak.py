@@ -1,8 +1,8 @@
 """Makes the split that flatters: by caption line, so that test pictures are training pictures too.
 
     python report/leak.py --data Flickr8k --out leak
-    python train.py --data leak --splits given --out checkpoints/leak     # by caption line
-    python train.py --data Flickr8k --out checkpoints/honest              # by image
+    python train.py --recipe plain --data leak --splits given --out checkpoints/leak
+    python train.py --recipe plain --data Flickr8k --out checkpoints/honest
     python evaluate.py checkpoints/leak/best.pt                           # and the other
 
 The folder --out has a tenth of the lines for val and for test, drawn by lot, the rest for train,

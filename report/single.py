@@ -34,7 +34,12 @@ def spread(changes: dict[str, Rows]) -> float:
 
 
 def finding(rows: Rows, base: Rows, deviation: float) -> str:
-    """Better or worse where the difference is above twice its own standard deviation."""
+    """Better or worse where the difference is above twice its own standard deviation.
+
+    Level where no change has two seeds: then nothing is known of how far seeds differ.
+    """
+    if not deviation:
+        return "level"
     difference = fmean(recall(rows)) - fmean(recall(base))
     margin = 2 * deviation * math.sqrt(1 / len(rows) + 1 / len(base))
     return "level" if abs(difference) <= margin else "better" if difference > 0 else "worse"
@@ -77,7 +82,7 @@ def draw(path: Path, rows: Rows) -> None:
             axes.plot(values, [place] * len(values), "o", color=INK, markersize=3)
         labels = [run.removeprefix("change: ").replace("-", " ") for run in changes]
         axes.set_yticks(range(len(labels)), labels, size=10)
-        axes.invert_yaxis()
+        axes.set_ylim(len(labels) - 0.4, -0.6)  # the first on top
         axes.tick_params(axis="y", length=0)
         axes.set(xlabel="mean recall on dev (%)")
         axes.grid(True, axis="x")

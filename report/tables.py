@@ -227,7 +227,7 @@ def draw_path(path: Path, runs: list[Rows]) -> None:
     values = [fmean(float(row["mean_recall"]) for row in run) for run in runs]
     footer = "mean of the six recalls on Flickr8k's dev split (R@1, 5, 10 in both directions)"
     title = "From the assignment to the best recipes"
-    with canvas(path, 5.6, 0.36 * len(rows) + 1.1, title, footer) as (figure, _):
+    with canvas(path, 5.6, 0.34 * len(rows) + 1.1, title, footer) as (figure, _):
         axes = figure.subplots()
         kinds = (("one change", PALETTE[0], True), ("several changes at once", PALETTE[5], False))
         for (label, hue, one), hatch in zip(kinds, HATCHES, strict=False):
@@ -239,7 +239,7 @@ def draw_path(path: Path, runs: list[Rows]) -> None:
         for place, (value, row) in enumerate(zip(values, rows, strict=True)):
             text = f"{value:.1f}" + (f" ({row['bought']})" if place else "")
             axes.text(value + 1, place, text, va="center", size=10, color=INK)
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.4, -0.6)  # the first on top
         axes.tick_params(axis="y", length=0)
         axes.set(xlabel="mean recall on dev (%)", xlim=(0, 1.38 * max(values)))
         axes.grid(True, axis="x")

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 MEASURED = ("fp32", "bf16")
 IMAGES = 32  # of a batch at most: a quarter of the usual one tells as much
 SECONDS = 1.0  # no more rounds after this
+STEPS = "2"  # part of the question: raise it when the code of a step changes what it costs
+STEPS = "2"  # part of the question: raise it when the code of a step changes what it costs
 ROUNDS = 4  # the first, which allocates memory, is not counted
 AT_LEAST = 3  # another program may have been at work in one round
 WORDS = 12  # of a caption
@@ -76,7 +78,7 @@ def name_of(options: Namespace) -> str:
     more = ("image_weights", "text_weights", "train_image", "train_text", "text_width")
     more += ("text_layers", "captions_alone")
     of_run = {flag: getattr(options, flag) for flag in flags + more}
-    question = json.dumps([machine_of(), of_run], sort_keys=True)
+    question = json.dumps([STEPS, machine_of(), of_run], sort_keys=True)
     return f"precision-{hashlib.sha256(question.encode()).hexdigest()[:12]}"
 
 

@@ -1,5 +1,6 @@
-"""--captions-alone: two captions of one image are a pair, before any picture. Bought +1.6 in mean
-recall where both towers then learn from random weights, nothing beside a pretrained image tower.
+"""--captions-alone: two captions of one image are a pair, before any picture. Bought +1.6 (a
+bag of words, then frozen) to +4.8 (a Transformer that learns on) in mean recall beside a ResNet18
+from random weights, nothing beside a pretrained image tower.
 
 As in SimCSE (Gao et al. 2021) a text must find another of its meaning in the batch; here people
 have written it. train.py's loop does not notice: the image tower is the text tower.
