@@ -73,7 +73,7 @@ def build_parser() -> Parser:
     text = "to start from; a FOLDER holds a BERT (default: pretrained, where it is one)"
     flag("--text-weights", metavar="none|pretrained|FOLDER", help=text)
     flag("--text-width", type=number(int, 8, 4096), default=256, help="of its word embeddings")
-    flag("--text-layers", type=number(int, 1, 48), default=2)
+    flag("--text-layers", type=number(int, 1, 48), help="(default: 1 for an lstm, else 2)")
     flag("--dropout", type=share, default=0.1, help="in the text tower; in a bag of whole words")
     flag("--min-count", type=size, default=2, help="a known word stands this often in the captions")
     flag("--max-tokens", type=number(int, 3, 1000), default=40, help="more are cut, and counted")

@@ -81,6 +81,7 @@ def fill_in(options: Namespace, shapes: bool) -> None:
 
     image, text = IMAGE_TOWERS[options.image_tower], TEXT_TOWERS[options.text_tower]
     fill(image_weights=image.weights, text_weights="pretrained" if text.pretrained else "none")
+    fill(text_layers=text.layers)
     for flag, named in (("image_weights", "imagenet"), ("text_weights", "pretrained")):
         if getattr(options, flag) not in ("none", named):
             setattr(options, flag, str(Path(getattr(options, flag)).resolve()))

@@ -215,18 +215,27 @@ def test_what_the_recipes_promise(walk, tmp_path):
     assert beside.image_tower == "efficientnet_lite1" and beside.init is None
     hour = walk("--recipe", "best-hour", "--data", "x", "--out", str(tmp_path / "hour"))
     assert sum(options.epochs for options in hour.values()) == 3 * 11
-    for name, tower, last in (("scratch", "bag", 0), ("assignment", "lstm", ALL)):
+    runs = {}
+    for name in ("assignment", "scratch"):
         out = str(tmp_path / name)
-        captions, small, large = walk("--recipe", name, "--data", "x", "--out", out).values()
+        runs[name] = [*walk("--recipe", name, "--data", "x", "--out", out).values()]
+    lines = {"": runs["assignment"], "lstm-": runs["scratch"][:3], "bag-": runs["scratch"][3:]}
+    for line, (captions, small, large) in lines.items():
         for options in (captions, small, large):
             assert options.image_weights == options.text_weights == "none"
-            assert (options.image_tower, options.text_tower) == ("resnet18", tower)
+            assert options.image_tower == "resnet18"
+            assert options.text_tower == ("bag" if line == "bag-" else "lstm")
         assert captions.captions_alone and not small.captions_alone and not large.captions_alone
-        trained = captions.train_text, small.train_text, large.train_text
-        assert trained == (ALL, 0, last)
-        assert (small.image_size, large.image_size) == (64, 96)
-        inits = [str(Path(out) / run) for run in ("captions", "small")]
+        assert (captions.train_text, small.train_text, large.train_text) == (ALL, 0, ALL)
+        assert (small.image_size, large.image_size, large.text_lr) == (64, 96, 1e-4)
+        inits = [
+            str(tmp_path / ("scratch" if line else "assignment") / f"{line}{stage}")
+            for stage in ("captions", "small")
+        ]
         assert [small.init, large.init] == inits and captions.init is None
+    same = [{**vars(run), "out": "", "init": "", "recipe": ""} for run in runs["assignment"]]
+    of_scratch = [{**vars(run), "out": "", "init": "", "recipe": ""} for run in lines["lstm-"]]
+    assert same == of_scratch  # the README says so
 
 
 def default_of(*words: object) -> str:

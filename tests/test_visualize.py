@@ -218,6 +218,7 @@ def test_queries_of_the_user(draw, capsys):
         (["--query", "dog", "--zero-shot", "."], "leave --query out"),
         (["--query", "dog", "--images", "/no/such/folder"], "not a folder"),
         (["--templates", "x"], "--templates goes with"),
+        (["--occlusion", "--html"], "--occlusion goes with the figures of a split"),
         (["--top-k", "0"], "not a whole number in [1, 20]"),
     ],
 )
