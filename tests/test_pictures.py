@@ -357,7 +357,7 @@ def test_permission_denied_is_a_user_error(tmp_path, files, monkeypatch):
 def test_full_disk_is_a_user_error(tmp_path, files, monkeypatch, decoded):
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(pictures.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"GB free.*--cache") as caught:
+    with pytest.raises(UserError, match=r"MB free.*--cache") as caught:
         cached_pixels(files, 16, tmp_path / "cache", 0)
     assert str(tmp_path / "cache") in str(caught.value)
     assert decoded == [] and list((tmp_path / "cache").iterdir()) == []
