@@ -325,8 +325,6 @@ def main(argv: list[str]) -> None:
         raise UserError("--templates goes with --zero-shot")
     if options.occlusion and (options.query or options.html or options.zero_shot):
         raise UserError("--occlusion goes with the figures of a split; leave the other flag out")
-    if options.occlusion and (options.query or options.html or options.zero_shot):
-        raise UserError("--occlusion goes with the figures of a split; leave the other flag out")
     if options.zero_shot or options.images:
         unused = "a folder of its own is read"
         say_unused(parser.typed(argv), ("data", "splits", "split"), unused)

@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project above this folder
 
-from support.checkpoint import VERSION, load_checkpoint
+from support.checkpoint import VERSION, best_epoch, load_checkpoint
 from support.command import HERE, Parser, UserError, number, run
 from support.device import native_bf16
 from support.precision import machine_of
@@ -46,11 +46,10 @@ def run_once(words: list[str], seed: int, options: list[str]) -> dict[str, objec
             raise UserError(f"{shlex.join(words)} ended with {done.returncode}; see above")
         content = load_checkpoint(out / "last.pt")
         history = content["history"]
-        best = max(history, key=lambda record: record["mean_recall"])
         images = content["train_images"], content["split_images"]["dev"]
         if (sizes := tuple(len(part["names"]) for part in images)) != FLICKR8K:
             raise UserError(f"--data has {sizes} images of train and dev, and is not Flickr8k")
-        return {**best, "minutes": history[-1]["minutes"]}
+        return {**best_epoch(history), "minutes": history[-1]["minutes"]}
 
 
 def row_of(record: dict, name: str, change: str, command: str, seed: int) -> dict[str, str]:

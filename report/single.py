@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, variance
 
-from support.figures import INK, PALETTE, canvas, legend_above, write
+from support.figures import INK, PALETTE, canvas, legend_above, name_bars, write
 
 Rows = list[dict[str, str]]
 BASE = "change: base"
@@ -26,6 +26,16 @@ def recall(rows: Rows) -> list[float]:
     return [float(row["mean_recall"]) for row in rows]
 
 
+def name_of(run: str) -> str:
+    """A change in words, as the table and the chart have it."""
+    return run.removeprefix("change: ").replace("-", " ")
+
+
+def margin(rows: Rows, base: Rows, deviation: float) -> float:
+    """Twice the standard deviation of the difference of two means: up to it they are level."""
+    return 2 * deviation * math.sqrt(1 / len(rows) + 1 / len(base))
+
+
 def spread(changes: dict[str, Rows]) -> float:
     """The standard deviation among seeds, pooled over all changes: each alone has too few."""
     groups = [recall(rows) for rows in changes.values() if rows[1:]]
@@ -34,15 +44,15 @@ def spread(changes: dict[str, Rows]) -> float:
 
 
 def finding(rows: Rows, base: Rows, deviation: float) -> str:
-    """Better or worse where the difference is above twice its own standard deviation.
+    """Better or worse where the difference is above its margin.
 
     Level where no change has two seeds: then nothing is known of how far seeds differ.
     """
     if not deviation:
         return "level"
     difference = fmean(recall(rows)) - fmean(recall(base))
-    margin = 2 * deviation * math.sqrt(1 / len(rows) + 1 / len(base))
-    return "level" if abs(difference) <= margin else "better" if difference > 0 else "worse"
+    level = abs(difference) <= margin(rows, base, deviation)
+    return "level" if level else "better" if difference > 0 else "worse"
 
 
 def table(rows: Rows) -> list[list[str]]:
@@ -58,9 +68,8 @@ def table(rows: Rows) -> list[list[str]]:
             difference = fmean(values) - fmean(recall(changes[BASE]))
             verdict = f"{finding(of_run, changes[BASE], deviation)}: {difference:+.1f}"
         firsts = [f"{fmean(float(r[f'{way}_r1']) for r in of_run):.1f}" for way in ("i2t", "t2i")]
-        name = run.removeprefix("change: ").replace("-", " ")
         typed = f"`{of_run[0]['change']}`"
-        lines.append([name, typed, *firsts, f"{fmean(values):.1f}", apart, verdict])
+        lines.append([name_of(run), typed, *firsts, f"{fmean(values):.1f}", apart, verdict])
     return lines
 
 
@@ -72,21 +81,15 @@ def draw(path: Path, rows: Rows) -> None:
     footer = "mean of the six recalls on Flickr8k's dev split; a dot is a seed"
     with canvas(path, 5.6, 0.3 * len(changes) + 1.3, title, footer) as (figure, _):
         axes, middle = figure.subplots(), fmean(recall(base))
-        margin = 2 * deviation * math.sqrt(2 / len(base))
-        axes.axvspan(middle - margin, middle + margin, color="0.6", alpha=0.25, label="level")
+        level = margin(base, base, deviation)
+        axes.axvspan(middle - level, middle + level, color="0.6", alpha=0.25, label="level")
         for place, of_run in enumerate(changes.values()):
             values, found = recall(of_run), finding(of_run, base, deviation)
             hue = PALETTE[5] if of_run is base else PALETTE[0]
             pattern = "//" if found == "worse" else ""
             axes.barh(place, fmean(values), 0.7, color=hue, hatch=pattern, edgecolor="white")
             axes.plot(values, [place] * len(values), "o", color=INK, markersize=3)
-        labels = [run.removeprefix("change: ").replace("-", " ") for run in changes]
-        axes.set_yticks(range(len(labels)), labels, size=10)
-        axes.set_ylim(len(labels) - 0.4, -0.6)  # the first on top
-        axes.tick_params(axis="y", length=0)
-        axes.set(xlabel="mean recall on dev (%)")
-        axes.grid(True, axis="x")
-        axes.set_axisbelow(True)
+        name_bars(axes, [name_of(run) for run in changes], "mean recall on dev (%)")
         legend_above(axes, 1)
 
 

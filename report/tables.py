@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project abov
 
 from report import findings, single
 from support.command import Parser, UserError, atomic_write, run
-from support.figures import HATCHES, INK, PALETTE, canvas, legend_above, wrapped, write
+from support.figures import HATCHES, INK, PALETTE, canvas, legend_above, name_bars, wrapped, write
 
 HERE = Path(__file__).resolve().parent
 Rows = list[dict[str, str]]
@@ -235,15 +235,11 @@ def draw_path(path: Path, runs: list[Rows]) -> None:
             style = {"color": hue, "height": 0.72, "hatch": hatch, "edgecolor": "white"}
             axes.barh(places, [values[i] for i in places], label=label, linewidth=0, **style)
         labels = ["\n".join(wrapped(row["run"], 1.9, 9, 2)) for row in rows]
-        axes.set_yticks(range(len(rows)), labels, size=10)
         for place, (value, row) in enumerate(zip(values, rows, strict=True)):
             text = f"{value:.1f}" + (f" ({row['bought']})" if place else "")
             axes.text(value + 1, place, text, va="center", size=10, color=INK)
-        axes.set_ylim(len(rows) - 0.4, -0.6)  # the first on top
-        axes.tick_params(axis="y", length=0)
-        axes.set(xlabel="mean recall on dev (%)", xlim=(0, 1.38 * max(values)))
-        axes.grid(True, axis="x")
-        axes.set_axisbelow(True)
+        name_bars(axes, labels, "mean recall on dev (%)")
+        axes.set_xlim(0, 1.38 * max(values))
         legend_above(axes, 2)
 
 

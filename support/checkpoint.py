@@ -138,6 +138,11 @@ def identity(dataset: CaptionedImages, rows: np.ndarray) -> dict[str, list[str]]
     }
 
 
+def best_epoch(history: list[dict[str, float]]) -> dict[str, float]:
+    """The record of the epoch that best.pt is kept of, the first of equals."""
+    return max(history, key=lambda record: record["mean_recall"])
+
+
 def dev_size(content: dict[str, Any]) -> int:
     """How many images dev had; 0 in a checkpoint that is too old to tell."""
     return len(content.get("split_images", {}).get("dev", {}).get("digests", []))

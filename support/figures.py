@@ -21,6 +21,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from sources.opening import EXTENSIONS
+from support.checkpoint import best_epoch
 from support.command import atomic_write, warn
 
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
@@ -166,6 +167,16 @@ def legend_above(axes: Axes, columns: int = 3) -> None:
     axes.legend(*shown, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=columns, **style)
 
 
+def name_bars(axes: Axes, names: list[str], measured: str) -> None:
+    """Names beside lying bars, the first on top; `measured` is what their lengths mean."""
+    axes.set_yticks(range(len(names)), names, size=10)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel(measured)
+    axes.grid(True, axis="x")
+    axes.set_axisbelow(True)
+
+
 def draw_chance(axes: Axes, value: float, label: str) -> None:
     """A dotted line at what guessing gives, and room for it."""
     axes.axhline(value, color=GREY, linestyle=":", linewidth=1.5, label=label)
@@ -186,7 +197,7 @@ def draw_curves(
     guessing gives of 1,000 images is R@10 = 1%, and a loss of ln(batch).
     """
     epochs = [record["epoch"] for record in history]
-    best = max(history, key=lambda record: record["mean_recall"])  # the first of equals
+    best = best_epoch(history)
     panels = {
         "Loss": {"train": "train_loss", "dev": "dev_loss"},
         "Mean recall on dev": {"mean of six": "mean_recall"},

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from sources.texts import unknown_to_all, words_of
+from support.checkpoint import best_epoch
 from support.command import UserError, later, warn
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def warn_of_chance(run: Run, options: Namespace) -> None:
 
 def best_of(history: list[dict[str, float]]) -> str:
     """The best epoch, and whether it is the first for want of a better."""
-    best = max(history, key=lambda record: record["mean_recall"])  # the first of equals
+    best = best_epoch(history)
     lone = ", the first: none after it was better" if best["epoch"] == 1 < len(history) else ""
     return f"epoch {best['epoch']}{lone}, mean recall on dev {best['mean_recall']:.1f}%"
 

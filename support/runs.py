@@ -15,7 +15,7 @@ from typing import Any
 
 from dataset import CaptionedImages, Tokenizer, image_transform, load_dataset
 from models import CLIP, TEXT_TOWERS, build_model, model_from_checkpoint
-from support.checkpoint import dev_size, fill_from, load_checkpoint
+from support.checkpoint import best_epoch, dev_size, fill_from, load_checkpoint
 from support.command import UserError, atomic_write, later, out_of_memory, warn
 from support.options import checkpoint_in
 
@@ -85,7 +85,7 @@ def is_finished(history: list[dict[str, float]], options: Namespace) -> bool:
     """All epochs done, or --patience of them without a better mean recall on dev."""
     if not history or not options.patience or len(history) >= options.epochs:
         return len(history) >= options.epochs
-    best = max(history, key=lambda record: record["mean_recall"])  # the first of equals
+    best = best_epoch(history)
     return history[-1]["epoch"] - best["epoch"] >= options.patience
 
 
