@@ -120,7 +120,7 @@ def find_texts(reading: Reading) -> list[Path]:
     """The texts that have a picture of their name, where most texts or most pictures do."""
     texts = [path for path in reading.files if path.suffix.lower() in (".txt", ".caption")]
     stems = {path: path.relative_to(reading.folder).as_posix().rpartition(".")[0] for path in texts}
-    own = [path for path in texts if reading.pictures.stems.get(path.stem.casefold())]
+    own = [path for path in texts if reading.pictures.has(path.stem)]
     enough = 2 * len(own) > len(texts) or 2 * len(own) > len(reading.pictures)
     return [p for p in own if reading.pictures.find(stems[p])] if len(own) > 2 and enough else []
 

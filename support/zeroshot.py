@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sources.names import walk_files
-from sources.opening import EXTENSIONS
+from sources.opening import EXTENSIONS, HEIC, HOW_TO_HEIC
 from sources.pictures import decode_all
 from sources.texts import clean_text
 from support.command import UserError, warn
@@ -39,7 +39,7 @@ def find_pictures(folder: Path) -> list[Path]:
             others[path.suffix.lower() or "without extension"] += 1
     if others:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common())
-        heic = "; .heic needs pip install pillow-heif" if {".heic", ".heif"} & {*others} else ""
+        heic = f"; {HOW_TO_HEIC}" if HEIC & {*others} else ""
         warn(f"{folder}: files that are not read as pictures are left out: {kinds}{heic}")
     return sorted(found)
 
