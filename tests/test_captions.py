@@ -329,8 +329,10 @@ def test_hugging_face_folders(tmp_path, ending):
 def test_pictures_and_texts_of_one_name(folder, place):
     for name, text in PAIRS:
         write(folder, f"{text}\n\n{text}!\n", f"{place}{name[:-4]}.txt")
-    write(folder, "a list of words", "notes.txt")
+    write(folder, "a list of words", f"{place}notes.txt")
+    write(folder, "\n".join(NAMES), f"{place}train.txt")
     assert read(folder) == {name: [text, f"{text}!"] for name, text in PAIRS}
+    assert read_folder(folder).reading.skipped == {"texts without a picture": ["notes.txt"]}
 
 
 def test_texts_that_are_named_after_the_whole_file(folder):
