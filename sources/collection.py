@@ -77,7 +77,7 @@ class Collection:
             shown = ", ".join([*some[:3], "..."] if len(some) > 3 else some)
             skipped.append(f"{len(names):,} {reason} ({shown})")
         texts = len(np.unique(text_ids(self.captions)))
-        few = f" of {texts:,} different texts" if 2 * texts < len(self.captions) else ""
+        few = f" ({texts:,} different texts)" if 2 * texts < len(self.captions) else ""
         line = (
             f"data {self.path}: {self.layout}, {len(np.unique(self.caption_image)):,} images and "
             f"{len(self.captions):,} captions{few}; {self.splits} splits (images/captions): "

@@ -107,15 +107,18 @@ def wide_code(data: bytes) -> str | None:
 
 def decode_old(data: bytes, name: str) -> tuple[str, str]:
     """Bytes that are not UTF-8: a few stray ones in it, or another encoding altogether."""
-    strays, letters = [], 0
     text = data.decode("utf-8", "surrogateescape")
-    for character in text:
-        letters += character > "\x7f"
-        if "\udc80" <= character <= "\udcff":
-            strays.append(character)
-    if letters - len(strays) >= len(strays):  # only UTF-8 has so many whole letters by chance
-        repaired = re.sub("[\udc80-\udcff]+", lambda found: western(found[0]), text)
-        return repaired, f"UTF-8 but for {len(strays):,} bytes of Windows-1252"
+    strays = [*STRAYS.finditer(text)]
+    count, letters = sum(len(found[0]) for found in strays), re.sub(r"[\0-\x7f]", "", text)
+    whole = STRAYS.sub("", letters)
+    if len(whole) >= count:  # only UTF-8 has so many whole letters by chance
+        foreign = sum(x.isalpha() and "LATIN" not in unicodedata.name(x, "") for x in whole)
+        if foreign > len(whole) / 2 or max(len(found[0]) for found in strays) > 3:
+            line = text.count("\n", 0, strays[0].start()) + 1
+            problem = f"{name} is UTF-8 but for {count:,} bytes, the first in line {line:,}"
+            raise UserError(f"{problem}, which are no letters that can be told; mend them")
+        repaired = STRAYS.sub(lambda found: western(found[0]), text)
+        return repaired, f"UTF-8 but for {count:,} bytes of Windows-1252"
     fits = sorted(((*tried(code, data), code) for code in CODES), key=lambda x: -x[0])
     fit, text, best = fits[0]
     rivals = [other for other, different, _ in fits[1:] if different != text]
@@ -123,6 +126,9 @@ def decode_old(data: bytes, name: str) -> tuple[str, str]:
         return text, best.name
     problem = f"{name} is not UTF-8, and its encoding cannot be told with confidence"
     raise UserError(f"{problem}; save it as UTF-8 (in Excel: CSV UTF-8)")
+
+
+STRAYS = re.compile("[\udc80-\udcff]+")  # bytes that are not UTF-8, as Python marks them
 
 
 def western(strays: str) -> str:
@@ -166,8 +172,10 @@ def latin(alphabet: str) -> Callable[[str], float]:
         words = re.findall(r"[^\W\d_]+", text)
         marked = [word for word in words if not word.isascii()]
         accents = high(text)
-        if not accents:
-            return 1.0 if any(x in SIGNS for x in text) else 0.0
+        if not accents:  # signs alone; those of other codes stand for letters: caf‚, sch”n
+            signs = sum(x in SIGNS for x in text)
+            inside = len(re.findall(r"[^\W\d_](?:[‚„‹]|[“”][^\W\d_])", text))
+            return 1 - inside / signs if signs else 0.0
         plain = sum(x.isascii() for word in marked for x in word)
         if plain < sum(map(len, marked)) / 2:
             return 0.0

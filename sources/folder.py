@@ -12,6 +12,7 @@ import numpy as np
 
 from sources.layouts import read_folder
 from sources.names import Pictures, parts_of
+from sources.opening import EXTENSIONS, HEIC, HOW_TO_HEIC
 from sources.pictures import cached_pixels
 from sources.reading import FORM, MUCH, Row, shortened
 from sources.splits import choose_splits, own_lists
@@ -32,12 +33,14 @@ def read_collection(
         lists = own_lists(reading)
     except OSError as error:
         raise UserError(f"cannot read {error.filename or folder}: {error.strerror}") from error
+    heic = [path.name for path in reading.files if path.suffix.lower() in HEIC - EXTENSIONS]
     if not len(pictures := reading.pictures):
-        raise UserError(f"{folder} has captions ({described}) but no image; put the pictures there")
+        problem = f"{folder} has captions ({described}) but no image"
+        raise UserError(f"{problem}; {HOW_TO_HEIC if heic else 'put the pictures there'}")
     rules = import_module(layout.rules) if layout.rules else None
     rows, cleaned = rules.clean(rows, titles) if rules else (rows, {})
     rows, files, skipped, remarks = with_an_image(rows, pictures)
-    skipped |= reading.skipped
+    skipped |= {**reading.skipped, f"pictures of iPhones: {HOW_TO_HEIC}": heic}
     names = sorted(files)
     decoded = cached_pixels([files[name].resolve() for name in names], size, cache, workers)
     failed = {names[row]: reason for row, reason in decoded.failed.items()}

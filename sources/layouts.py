@@ -71,6 +71,10 @@ def folder_split(name: str) -> str:
 
 def read_pairs(paths: list[Path], reading: Reading) -> Iterator[Row]:
     """A picture and a text of one name: a.jpg and a.txt, which holds a caption a line."""
+    places = {path.parent for path in paths}
+    for path in sorted({*texts_of_pictures(reading)} - {*paths}):
+        if path.parent in places and not is_listing(path, reading):
+            reading.skip("texts without a picture", path.name)
     splits = {folder_split(path.relative_to(reading.folder).as_posix()) for path in paths}
     for path in paths:
         name = path.relative_to(reading.folder).as_posix()
@@ -118,11 +122,17 @@ def find_metadata(reading: Reading) -> list[Path]:
 
 def find_texts(reading: Reading) -> list[Path]:
     """The texts that have a picture of their name, where most texts or most pictures do."""
-    texts = [path for path in reading.files if path.suffix.lower() in (".txt", ".caption")]
+    texts = texts_of_pictures(reading)
     stems = {path: path.relative_to(reading.folder).as_posix().rpartition(".")[0] for path in texts}
-    own = [path for path in texts if reading.pictures.stems.get(path.stem.casefold())]
+    own = [path for path in texts if reading.pictures.has(path.stem)]
     enough = 2 * len(own) > len(texts) or 2 * len(own) > len(reading.pictures)
     return [p for p in own if reading.pictures.find(stems[p])] if len(own) > 2 and enough else []
+
+
+def texts_of_pictures(reading: Reading) -> list[Path]:
+    """The text files that may hold a picture's captions."""
+    texts = [path for path in reading.files if path.suffix.lower() in (".txt", ".caption")]
+    return [path for path in texts if not NO_CAPTIONS.match(path.name)]
 
 
 def find_captions(reading: Reading) -> list[Path]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from sources.opening import EXTENSIONS
+from sources.opening import EXTENSIONS, HEIC
 from support.command import UserError
 
 # Of network disks, Windows and macOS: thumbnails, waste baskets, older versions.
@@ -25,7 +25,7 @@ NOT_OURS = {
 
 def is_picture(name: str) -> bool:
     """Whether a name ends as a picture's does; `a.jpg.1`, a quirk of Flickr8k, counts."""
-    return Path(re.sub(r"\.\d+$", "", name)).suffix.lower() in {*EXTENSIONS, ".heic", ".heif"}
+    return Path(re.sub(r"\.\d+$", "", name)).suffix.lower() in EXTENSIONS | HEIC
 
 
 def is_hidden(name: str) -> bool:
@@ -123,9 +123,13 @@ class Pictures:
         ways = ((self.names, name), (self.names, plain), (self.stems, name), (self.numbers, number))
         return next((table[key] for table, key in ways if key in table), [])
 
+    def meant(self, name: str) -> list[Path]:
+        """The pictures that a name, with or without its extension, may mean in any folder."""
+        parts = parts_of(name)
+        return self.candidates(parts[-1]) if parts else []
+
     def has(self, name: str) -> bool:
-        """Whether a name, with or without its extension, is that of any picture."""
-        return bool((parts := parts_of(name)) and self.candidates(parts[-1]))
+        return bool(self.meant(name))
 
     def find(self, name: str, place: str = "") -> Path | None:
         """The picture that a name means, with or without folders, capitals and extension.
@@ -138,8 +142,9 @@ class Pictures:
         return self.found[name, place]
 
     def look_up(self, name: str, place: str) -> Path | None:
-        if not (parts := parts_of(name)) or not (found := self.candidates(parts[-1])):
+        if not (found := self.meant(name)):
             return None
+        parts = parts_of(name)
         folders = parts_of(place) + parts[:-1]
 
         def likeness(path: Path) -> tuple[int | bool, ...]:

@@ -20,6 +20,8 @@ with contextlib.suppress(ImportError):  # then the pictures of iPhones are read 
 # What Pillow knows by name alone, or hands to another program: Ghostscript runs what an EPS says.
 NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
 EXTENSIONS = {x for x, kind in Image.registered_extensions().items() if kind not in NO_PICTURES}
+HEIC = {".heic", ".heif"}  # of iPhones; where pillow-heif is not installed they cannot be read
+HOW_TO_HEIC = ".heic needs pip install pillow-heif"
 KINDS = [kind for kind in Image.ID if kind not in NO_PICTURES]
 MAX_PIXELS = 100_000_000  # a larger picture is a decompression bomb, or no picture for 224 px
 MAX_REDUCED = 400_000_000  # but for a telephone's JPEG, which can be decoded at 1/8 of its sides

@@ -68,8 +68,8 @@ def read_coco(paths: list[Path], reading: Reading) -> Iterator[Row]:
 def coco_rows(content: dict, split: str, place: str) -> Iterator[Row]:
     names = {image["id"]: image["file_name"] for image in content["images"]}
     for note in content["annotations"]:
-        if note["image_id"] in names:
-            yield Row(names[note["image_id"]], text_of(note["caption"]), split, place=place)
+        name = names.get(note["image_id"], f"image_id {note['image_id']}")
+        yield Row(name, text_of(note["caption"]), split, place=place)
 
 
 def text_of(value: Any) -> str:
@@ -142,14 +142,8 @@ def rows_in(content: Any, path: Path, reading: Reading, split: str, place: str) 
     some = content[:SAMPLE] if isinstance(content, list) else []
     if isinstance(content, dict) and content:
         yield from rows_of_dictionary(content, path, reading, split, place)
-    elif some and all(isinstance(entry, dict) for entry in some):
+    elif some and any(all(isinstance(entry, kind) for entry in some) for kind in (dict, list)):
         yield from rows_of_entries(content, path, reading, split, place)
-    elif some and all(isinstance(entry, list) for entry in some):
-        table = [[cell_of(value) for value in entry] for entry in some]
-        columns = columns_of(None, table, reading.pictures, path)
-        for entry in content:
-            for text in texts_of([entry[i] for i in columns.captions]):
-                yield Row(entry[columns.image], text, split, place=place)
     else:
         raise not_understood(content, path)
 
@@ -157,10 +151,11 @@ def rows_in(content: Any, path: Path, reading: Reading, split: str, place: str) 
 def rows_of_dictionary(
     content: dict, path: Path, reading: Reading, split: str, place: str
 ) -> Iterator[Row]:
-    """The rows of a dictionary of COCO's kind, or by split, by column, by image or with a list."""
+    """The rows of a dictionary of COCO's kind, or by split, column, image or id, or with a list."""
     roles = {role_of(key) for key in content}
     named = [key for key in content if is_picture(key) or reading.pictures.has(key)]
     inner = {key: x for key, x in content.items() if isinstance(x, list | dict) and x}
+    entries = [x for x in inner.values() if isinstance(x, dict)]
     if isinstance(content.get("images"), list) and isinstance(content.get("annotations"), list):
         yield from coco_rows(content, split, place)
     elif all(map(split_of, content)):
@@ -168,6 +163,9 @@ def rows_of_dictionary(
             yield from rows_in(part, path, reading, split_of(key), place)
     elif {"image", "caption"} <= roles:
         yield from rows_of_entries(entries_of_columns(content), path, reading, split, place)
+    elif len(entries) == len(content) and "caption" in map(role_of, entries[0]):
+        keyed = [{**entry, "image key": key} for key, entry in inner.items()]
+        yield from rows_of_entries(keyed, path, reading, split, place)
     elif 2 * len(named) > len(content):
         for key, value in content.items():
             for text in texts_of(value) or [""]:
@@ -187,6 +185,8 @@ def entries_of_columns(content: dict) -> list[dict]:
         for key, values in content.items()
         if isinstance(values, dict | list)
     }
+    longest = max(map(len, columns.values()), default=0)
+    columns = {key: values for key, values in columns.items() if len(values) == longest}
     if len(columns) < 2:
         return [content]
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
@@ -201,12 +201,17 @@ def not_understood(content: Any, path: Path) -> UserError:
 
 
 def rows_of_entries(
-    entries: list[dict], path: Path, reading: Reading, split: str, place: str
+    entries: list[dict | list], path: Path, reading: Reading, split: str, place: str
 ) -> Iterator[Row]:
-    """A row for each caption of each entry, whose keys are told as a table's columns are."""
-    keys = [*dict.fromkeys(key for entry in entries[:SAMPLE] for key in entry)]
+    """A row for each caption of each entry, whose keys are told as a table's columns are.
+
+    An entry may be a list, whose places are the columns of a table without a header.
+    """
+    header = isinstance(entries[0], dict)
+    entries = [dict(enumerate(x)) if isinstance(x, list) else x for x in entries]
+    keys = [*dict.fromkeys(key for entry in entries if isinstance(entry, dict) for key in entry)]
     table = [[cell_of(entry.get(key)) for key in keys] for entry in entries[:SAMPLE]]
-    columns = columns_of(keys, table, reading.pictures, path)
+    columns = columns_of(keys if header else None, table, reading.pictures, path)
     unread = []
     for number, entry in enumerate(entries, 1):
         image = entry.get(keys[columns.image]) if isinstance(entry, dict) else None
@@ -217,7 +222,8 @@ def rows_of_entries(
             reading.skip(UNREAD, unread[-1])
             continue
         own = str(entry.get(keys[columns.split]) or "") if columns.split is not None else ""
-        texts = [text for i in columns.captions for text in texts_of(entry.get(keys[i]))]
+        values = (entry.get(keys[i]) for i in columns.captions)
+        texts = [text for value in values if value is not None for text in texts_of(value)]
         for text in texts or [""]:
             yield Row(str(image), text, split_of(own) or split, place=place)
     check_understood(path, unread, len(entries), "each needs an image")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sources.names import Pictures, is_picture
-from sources.reading import FORM, shortened, split_of
+from sources.reading import FORM, SPLIT_WORDS, shortened, split_of
 from support.command import UserError
 
 CAPTION = {
@@ -26,7 +26,8 @@ NEITHER = {
     "id", "ids", "index", "idx", "label", "labels", "class", "classes", "category", "number", "num",
     "no", "nr", "count", "width", "height", "size", "score", "url", "urls", "lang", "language",
     "length", "len", "source", "author", "date", "license", "tokens", "sentids", "sentid", "imgid",
-    "hash", "md5", "sha256", "bbox", "genre", "genres", "tags", "tag", "type",
+    "hash", "md5", "sha256", "bbox", "genre", "genres", "tags", "tag", "type", "quality", "rating",
+    "negative", "foil",
 }  # fmt: skip
 CHINESE = {
     "caption": ("描述", "标题", "文本", "文字", "说明", "句子", "字幕"),
@@ -36,8 +37,7 @@ CHINESE = {
 
 def role_of(name: str) -> str:
     """The role of a column of this name: image, caption, split, neither, or "" if it tells none."""
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)
-    words = set(re.findall(r"[^\W\d_]+", spaced.lower()))
+    words = words_in(name)
     if len(name.split()) > 3:
         return ""  # a text
     if not words or words & NEITHER:
@@ -46,9 +46,15 @@ def role_of(name: str) -> str:
         return "neither" if words & {"file", "filename", "path", "filepath"} else "caption"
     if words & IMAGE:
         return "image"
-    if words & SPLIT:
+    if words & {*SPLIT, *SPLIT_WORDS}:
         return "split"
     return next((role for role, of in CHINESE.items() if any(x in name for x in of)), "")
+
+
+def words_in(name: str) -> set[str]:
+    """`imagePath_2` -> image, path"""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)
+    return set(re.findall(r"[^\W\d_]+", spaced.lower()))
 
 
 class Columns(NamedTuple):
@@ -91,40 +97,64 @@ def columns_of(
         rough = Columns(0, [roles.index("caption")], None, width)
         rows = [rough.aligned(list(row), ",") or row for row in rows]
     columns = [[row[i] if i < len(row) else "" for row in rows] for i in range(width)]
-    image = image_column(roles, columns, pictures)
+    image, rival = image_column(header, roles, columns, pictures)
     captions = [i for i, role in enumerate(roles) if role == "caption" and i != image]
     free = [i for i, role in enumerate(roles) if role == "" and i != image]
-    split = next((i for i, role in enumerate(roles) if role == "split" and i != image), None)
-    if header is None:
-        split = next((i for i in free if all(map(split_of, columns[i]))), None)
+    split = split_column(roles, columns, {image, *captions})
     if image is not None and not captions:
-        free = [i for i in free if i != split and not all(map(is_number, columns[i]))]
+        free = [i for i in free if i != split]
         captions = [i for i in free if mostly(is_text, columns[i])]
-        captions = captions or (free if len(free) == 1 else [])
+        if not captions and len(free) == 1 and not is_label(columns[free[0]]):
+            captions = free
         if header is not None and len(captions) > 1:
             captions = []  # which of them, cannot be told
-    if image is None or not captions:
-        lacking = "picture's names" if image is None else "captions"
-        cells = ", ".join(map(shortened, header if header is not None else rows[0]))
+    if image is None or not captions or rival is not None:
+        cells = [*map(shortened, header if header is not None else rows[0])]
         what = "its columns are" if header is not None else "its first line is"
-        raise UserError(
-            f"{path}: {what} {shortened(cells, 200)}, none known to be {lacking}; {FORM}"
-        )
+        lacking = f"none known to be {'captions' if image is not None else 'names of pictures'}"
+        if rival is not None:
+            lacking = f"{cells[image]} and {cells[rival]} could both be names of pictures"
+        raise UserError(f"{path}: {what} {shortened(', '.join(cells), 200)}, {lacking}; {FORM}")
     if header is not None and split is not None:
         check_splits(columns[split], header[split], path)
     return Columns(image, captions, split, width)
 
 
-def image_column(roles: list[str], columns: list[list[str]], pictures: Pictures) -> int | None:
-    """The column whose cells name most pictures: of those called so, else of those with no role,
-    else of the ids. Where no cell is known, the first that is called so."""
-    for role in ("image", "", "neither"):
-        own = [i for i, known in enumerate(roles) if known == role]
-        named = {i: sum(is_picture(x) + pictures.has(x) for x in columns[i]) for i in own}
-        best = max(own, key=lambda i: (named[i], -i), default=None)
-        if best is not None and named[best] > (0 if role == "image" else len(columns[best]) / 2):
-            return best
-    return roles.index("image") if "image" in roles else None
+def image_column(
+    header: Sequence[str] | None,
+    roles: list[str],
+    columns: list[list[str]],
+    pictures: Pictures,
+) -> tuple[int | None, int | None]:
+    """(the column whose cells name most pictures, one that names as many others).
+
+    It is one of those called so, such as image before mask_image; else of those with no role; else
+    of the ids, image_id before id. Where no cell is known, the first that is called so.
+    """
+    words = [words_in(name) for name in header or roles]
+    scores = [
+        (sum(is_picture(x) + pictures.has(x) for x in cells), words[i] <= {*IMAGE, "name"})
+        for i, cells in enumerate(columns)
+    ]
+    called, free, ids = (
+        [i for i, known in enumerate(roles) if known == role] for role in ("image", "", "neither")
+    )
+    for own in (called, free, [i for i in ids if words[i] & IMAGE], ids):
+        best = max(own, key=lambda i: (scores[i], -i), default=None)
+        if best is not None and scores[best][0] > (0 if own is called else len(columns[best]) / 2):
+            meant = [*map(pictures.meant, columns[best])]
+            equal = [i for i in own if scores[i] == scores[best]]
+            others = (i for i in equal if [*map(pictures.meant, columns[i])] != meant)
+            return best, next(others, None)
+    return next(iter(called), None), None
+
+
+def split_column(roles: list[str], columns: list[list[str]], others: set[int | None]) -> int | None:
+    """The column that holds splits and nothing else, else the first that is called so."""
+    left = [i for i in range(len(roles)) if i not in others]
+    named = [i for i in left if all(map(split_of, columns[i]))]
+    named = [i for i in named if roles[i] != "neither" or len({*columns[i]}) > 1]  # class: train
+    return next(iter(named + [i for i in left if roles[i] == "split"]), None)
 
 
 def check_splits(cells: list[str], name: str, path: Path) -> None:
@@ -138,8 +168,9 @@ def mostly(test, cells: list[str]) -> bool:
     return 2 * sum(map(bool, map(test, cells))) > len(cells)
 
 
-def is_number(cell: str) -> bool:
-    return bool(re.fullmatch(r"\s*-?[\d.,]*\s*", cell))
+def is_label(cells: list[str]) -> bool:
+    """Whether cells without blanks are classes or codes rather than captions of one word."""
+    return 2 * len({*cells}) <= len(cells) or not mostly(str.isalpha, cells)
 
 
 def is_text(cell: str) -> bool:

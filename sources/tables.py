@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sources.names import Pictures, is_picture
 from sources.reading import FORM, UNREAD, Reading, Row, check_understood, shortened, split_of
-from sources.roles import IMAGE, Columns, columns_of, is_number, mostly, role_of
+from sources.roles import IMAGE, Columns, columns_of, mostly, role_of
 from support.command import UserError
 
 DELIMITERS = ("\t", ";", ",", "|")
@@ -41,7 +41,7 @@ def read_lines(path: Path, reading: Reading, split: str = "", place: str = "") -
         if not is_picture(head[0].partition("|")[0].strip()):
             del lines[0]  # the header
         yield from read_notation(path, lines, reading, bars_of, split, place)
-    elif all(re.match(r"\S+\.\w+\s+[^\s,;|]", x) and is_picture(x.split()[0]) for x in head):
+    elif all(re.match(r"\S+\.\w+ +[^\s,;|]", x) and is_picture(x.split()[0]) for x in head):
         yield from read_notation(path, lines, reading, blanks_of, split, place)
     else:
         yield from read_table(path, lines, reading, split, place)
@@ -50,8 +50,10 @@ def read_lines(path: Path, reading: Reading, split: str = "", place: str = "") -
 def token_of(line: str) -> tuple[str, str] | None:
     """`name.jpg#0<TAB>caption` or `name.jpg#zhc#0 caption`"""
     found = TOKEN.fullmatch(line)
-    if found and ("\t" in line[found.end(1) : found.start(2)] or is_picture(found[1])):
-        return found[1], found[2]
+    if found:
+        mark = line[found.end(1) : found.start(2)]
+        if "\t" in mark or mark.count("#") == 2 or is_picture(found[1]):
+            return found[1], found[2]
     name, tab, caption = line.partition("\t")
     return (name, caption) if tab and "#" in name and is_picture(name.rpartition("#")[0]) else None
 
@@ -158,8 +160,10 @@ def columns_in(
     if len(set(map(len, sample))) == 1 and 2 * len(prose) < len(sample):
         return columns_of(None, sample, pictures, path)
     # Commas of the captions: what follows the first column of pictures is one caption, but for a
-    # last column that is a number in every line.
-    numbered = usual > 2 and all(len(row) > 2 and is_number(row[-1]) for row in sample)
+    # last column that is a number in every line, without a blank before it.
+    numbered = usual > 2 and all(
+        len(row) > 2 and re.fullmatch(r"-?[\d.,]*\s*", row[-1]) for row in sample
+    )
     for image in range(max(map(len, sample)) - 1):
         cells = [row[image] if image < len(row) else "" for row in sample]
         if mostly(lambda cell: is_picture(cell) or pictures.has(cell), cells):
@@ -208,6 +212,8 @@ def split_line(line: str, delimiter: str) -> list[str]:
     end = re.escape(delimiter)
     rest = re.sub(rf'(^|{end})\s*"(?:[^"]|"")*"\s*(?={end}|$)', r"\1", line)
     if re.search(rf'(?:^|{end})\s*"', rest):
+        if '\\"' in line:  # quotes inside a cell as databases write them
+            return split_line(line.replace('\\"', '""'), delimiter)
         cells = line.split(delimiter)
         return [re.sub(r'^\s*"(?=[^"]*$)', "", cell) for cell in cells]
     blanks = bool(re.search(rf'{end}\s+"', line))

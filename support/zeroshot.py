@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sources.names import walk_files
-from sources.opening import EXTENSIONS
+from sources.names import visible_folders, walk_files
+from sources.opening import EXTENSIONS, HEIC, HOW_TO_HEIC
 from sources.pictures import decode_all
+from sources.reading import split_in
 from sources.texts import clean_text
 from support.command import UserError, warn
 from support.embedding import Trained
@@ -39,7 +40,7 @@ def find_pictures(folder: Path) -> list[Path]:
             others[path.suffix.lower() or "without extension"] += 1
     if others:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common())
-        heic = "; .heic needs pip install pillow-heif" if {".heic", ".heif"} & {*others} else ""
+        heic = f"; {HOW_TO_HEIC}" if HEIC & {*others} else ""
         warn(f"{folder}: files that are not read as pictures are left out: {kinds}{heic}")
     return sorted(found)
 
@@ -124,7 +125,6 @@ def class_embeddings(trained: Trained, classes: list[str], templates: Sequence[s
     return means / np.linalg.norm(means, axis=1, keepdims=True).clip(1e-12)
 
 
-SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 WORDNET_ID = re.compile(r"n\d{8}(?!\d)")
 # HappyDog -> Happy Dog, TVSet -> TV Set
 HUMP = re.compile(r"(?<=[a-zß-öø-ÿ0-9])(?=[A-ZÀ-ÖØ-Þ])|(?<=[A-ZÀ-ÖØ-Þ])(?=[A-ZÀ-ÖØ-Þ][a-zß-öø-ÿ])")
@@ -170,13 +170,15 @@ def class_names(folders: list[Path], trained: Trained) -> list[str]:
 def class_folders(folder: Path, holders: list[Path]) -> Path:
     """Where the class folders lie: in `folder`, or below its only one that is named as a split.
 
-    holders: its folders with pictures. Raises UserError where there are several such.
+    holders: its folders with pictures. Raises UserError where it has others besides.
     """
-    splits = [place for place in holders if place.name.lower() in SPLITS]
-    nested = [place for place in splits if any(path.is_dir() for path in place.iterdir())]
-    if len(nested) > 1 or (len(splits) > 1 and splits == holders):
+    splits = [place for place in holders if split_in(place.name)]
+    deep = [place for place in holders if visible_folders(place)]
+    nested = [place for place in splits if place in deep]
+    beside = nested and nested == deep != holders  # train/dog beside pictures/1.jpg
+    if len(nested) > 1 or beside or (len(splits) > 1 and splits == holders):
         names = ", ".join(place.name for place in splits)
-        raise UserError(f"{folder} holds {names}, which are no classes; give one: {splits[-1]}")
+        raise UserError(f"{folder} holds {names}: no class but a split; give one: {splits[-1]}")
     if not nested or nested != holders:
         return folder
     print(f"the class folders are those in {nested[0]}")
@@ -191,7 +193,7 @@ def zero_shot(trained: Trained, options: Namespace) -> ZeroShot:
         raise UserError(f"{folder} holds no picture; it needs a folder of pictures for each class")
     holders = sorted({folder / path.relative_to(folder).parts[0] for path in pictures})
     folder = class_folders(folder, [place for place in holders if place.is_dir()])
-    inner = sorted(place for place in folder.iterdir() if place.is_dir() and place.name[0] != ".")
+    inner = visible_folders(folder)
     folder_of = {path: folder / path.relative_to(folder).parts[0] for path in pictures}
     folder_of = {path: place for path, place in folder_of.items() if place != path}
     too_few = UserError(f"{folder} needs two class folders with readable pictures or more")

@@ -99,6 +99,8 @@ TABLES = {
     "other paths": "image,caption\n" + lines("C:\\photos\\images\\{name},{quoted}"),
     "blanks": lines("{name} {text}"),
     "a blank line and an empty one": "image,caption\n\n,\n" + lines("{name},{quoted}"),
+    "no header, number, text": lines("{name}\t{number}\t{text}"),
+    "a caption that is none": "image,negative_caption,caption\n" + lines("{name},no dog,{quoted}"),
     "title and tags": "image,tags,title\n" + lines('{name},"red, big",{quoted}'),
 }
 
@@ -136,9 +138,15 @@ def test_a_column_of_splits(folder, tmp_path):
     data = load_dataset(folder, "auto", 8, tmp_path / "cache", 0)
     assert data.splits == "given"
     assert data.labels.tolist() == ["train", "train", "dev", "dev", "test", "test"]
-    write(folder, "image,caption,split\n" + lines("{name},a dog,A"))
-    with pytest.raises(UserError, match="its column split holds A; train, val and test"):
-        read(folder)
+    for name in ("phase", "data_type", "image_set"):  # known by what it holds
+        write(folder, f"image,caption,{name}\n" + "".join(rows))
+        assert [row.split for row in read_folder(folder).rows] == ["train"] * 2 + ["dev"] * 2 + [
+            "test"
+        ] * 2
+    for name in ("split", "is_train"):
+        write(folder, f"image,caption,{name}\n" + lines("{name},a dog,A"))
+        with pytest.raises(UserError, match=f"its column {name} holds A; train, val and test"):
+            read(folder)
 
 
 NOT_UNDERSTOOD = {
@@ -148,8 +156,12 @@ NOT_UNDERSTOOD = {
     "other data": ("epoch,loss\n1,2.5\n2,2.4\n", "epoch, loss"),
     "one column": ("caption\n" + lines("{text}"), "caption"),
     "prose": ("These are the captions of my photos.\nThey are good.\n", "These are the captions"),
+    "a label": ("image,kind\n" + lines("{name},class{number}"), "image, kind"),
+    "a label, no header": (lines("{name},cat"), r"p00\.jpg, cat"),
     "two labels": (lines("{name},cat,tom"), r"p00\.jpg, cat, tom"),
     "only numbers": (lines("{name},{number}"), r"p00\.jpg, 0"),
+    "two pictures": ("image_a,image_b,caption\n" + lines("{name},p01.jpg,{quoted}"), "image_a and"),
+    "two names": (lines("{stem},p01,{quoted}"), "p00 and p01 could both be names of pictures"),
 }
 
 
@@ -175,6 +187,19 @@ def test_stray_quotes_and_captions_of_several_lines(folder):
         "p04.jpg": ['5" wide'],
         "p05.jpg": ['plain, "x"'],
     }
+
+
+def test_quotes_behind_strokes_and_numbers_in_a_caption(folder):
+    write(folder, "image,caption\n" + lines(r'{name},"the \"{number}\", a dog \""'))
+    assert read(folder) == {name: [f'the "{i}", a dog "'] for i, name in enumerate(NAMES)}
+    write(folder, lines("{name},a dog, a number, {number}"))
+    assert read(folder) == {name: [f"a dog, a number, {i}"] for i, name in enumerate(NAMES)}
+
+
+def test_of_two_columns_that_name_pictures_the_likelier_is_taken(folder):
+    for header in ("mask_path,image_path", "id,image_id"):
+        write(folder, f"{header},caption\n" + lines("p01,{stem},{quoted}"))
+        assert read(folder) == EXPECTED
 
 
 def test_a_caption_may_be_as_long_as_it_likes(folder):
@@ -208,6 +233,10 @@ JSON = {
     "by image": EXPECTED,
     "by image, a text": dict(PAIRS),
     "by image, an entry": {n: {"captions": [t], "label": "x"} for n, t in PAIRS},
+    "by id, an entry": {
+        f"p0{5 - i}": {"file": n, "caption": t} for i, (n, t) in enumerate(PAIRS)
+    },
+    "columns and another": {"image": NAMES, "caption": TEXTS, "authors": ["me", "you"]},
     "by stem": {name[:-4]: text for name, text in PAIRS},
     "data": {"version": 1, "data": ENTRIES, "licenses": []},
     "pairs": PAIRS,
@@ -251,6 +280,29 @@ def test_json_with_what_cannot_be_used(folder, tmp_path):
         assert "Error(" not in str(error.value)
 
 
+def test_json_with_splits_and_captions_that_only_some_have(folder):
+    lists = [[name, text, "train" if i < 4 else "val"] for i, (name, text) in enumerate(PAIRS)]
+    for content in (lists, {name: {"caption": text, "split": part} for name, text, part in lists}):
+        write(folder, json.dumps(content), "captions.json")
+        assert read(folder) == EXPECTED
+        assert [row.split for row in read_folder(folder).rows] == ["train"] * 4 + ["dev"] * 2
+    more = [*ENTRIES * 40, {"image": "p00.jpg", "caption": "a cat", "caption2": "a lion"}]
+    write(folder, json.dumps(more), "captions.json")
+    assert read(folder)["p00.jpg"] == [TEXTS[0]] * 40 + ["a cat", "a lion"]
+    assert len(read_folder(folder).rows) == 242  # no caption2 is none, not an empty one
+    write(folder, json.dumps([*lists * 40, ["p00.jpg"], []]), "captions.json")
+    found = read_folder(folder)
+    assert len(found.rows) == 241 and found.rows[-1][:2] == ("p00.jpg", "")
+    assert found.reading.skipped == {"lines that are not understood": ["entry 242: {}"]}
+
+
+def test_coco_notes_of_images_that_are_not_listed_are_counted(folder, tmp_path, capsys):
+    write(folder, json.dumps(COCO | {"images": COCO["images"][:4]}), "captions_val.json")
+    data = load_dataset(folder, "auto", 8, tmp_path / "cache", 0)
+    assert data.skipped["captions without an image"] == ["image_id 4", "image_id 5"]
+    assert "2 of the 6 captions have no picture" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
 def test_hugging_face_folders(tmp_path, ending):
     """Names are of the folder that they stand in; the same name may be in several."""
@@ -277,13 +329,21 @@ def test_hugging_face_folders(tmp_path, ending):
 def test_pictures_and_texts_of_one_name(folder, place):
     for name, text in PAIRS:
         write(folder, f"{text}\n\n{text}!\n", f"{place}{name[:-4]}.txt")
-    write(folder, "a list of words", "notes.txt")
+    write(folder, "a list of words", f"{place}notes.txt")
+    write(folder, "\n".join(NAMES), f"{place}train.txt")
     assert read(folder) == {name: [text, f"{text}!"] for name, text in PAIRS}
+    assert read_folder(folder).reading.skipped == {"texts without a picture": ["notes.txt"]}
+
+
+def test_texts_that_are_named_after_the_whole_file(folder):
+    for name, text in PAIRS:
+        write(folder, text, f"images/{name}.txt")
+    assert read(folder) == EXPECTED
 
 
 def test_flickr8k_in_chinese(folder):
     text = "".join(f"{n}#zhc#{k} 一只狗{k} \n" for n in NAMES for k in range(2))
-    write(folder, text, "data/flickr8kzhc.caption.txt")
+    write(folder, text.replace(".jpg", ""), "data/flickr8kzhc.caption.txt")
     write(folder, text, "data/flickr8kzhb.caption.txt")
     for part, chosen in (("train", NAMES[:4]), ("val", NAMES[4:5]), ("test", NAMES[5:])):
         write(folder, "".join(f"{n[:-4]}\n" for n in chosen), f"data/flickr8k{part}.txt")
@@ -432,6 +492,18 @@ def test_links_that_lead_back_and_folders_of_disks(tmp_path):
     assert len(read_folder(data).reading.pictures) == 3
 
 
+@pytest.mark.skipif("pillow_heif" in sys.modules, reason="pillow-heif reads them")
+def test_pictures_of_iphones_are_counted(folder, tmp_path):
+    (folder / "images" / "p05.jpg").rename(folder / "images" / "p05.HEIC")
+    write(folder, "image,caption\n" + lines("{stem},{quoted}"))
+    data = load_dataset(folder, "auto", 8, tmp_path / "cache", 0)
+    assert "1 pictures of iPhones: .heic needs pip install pillow-heif (p05.HEIC)" in data.summary()
+    for picture in (folder / "images").iterdir():
+        picture.rename(picture.with_suffix(".heic"))
+    with pytest.raises(UserError, match=r"no image; \.heic needs pip install pillow-heif"):
+        load_dataset(folder, "auto", 8, tmp_path / "cache", 0)
+
+
 def test_a_near_miss_shows_a_name_of_each_side(folder):
     write(folder, "image,caption\n" + lines("photo_{number}.jpg,{quoted}"))
     with pytest.raises(UserError, match=r"none of the 6 images .*photo_0\.jpg.*p00\.jpg"):
@@ -500,6 +572,19 @@ def doubtful() -> dict[str, bytes]:
 def test_what_cannot_be_told_is_an_error(kind):
     with pytest.raises(UserError, match=r"mine\.csv.*(UTF-8|no text file)"):
         decode(doubtful()[kind], "mine.csv")
+
+
+def test_letters_of_dos_are_not_taken_for_signs():
+    text = "the café dog\na naïve man with a dog\nis the café old and nice\n" * 2
+    with pytest.raises(UserError, match="cannot be told with confidence"):
+        decode(text.encode("cp437"), "mine.csv")
+
+
+def test_a_line_in_another_code_is_named():
+    lines = ["p00.jpg,两个女人坐在公园的长椅上\n".encode(), "p01.jpg,一只棕色的狗\n".encode("gbk")]
+    for cut in (lines[1], b"p01.jpg,a dog \xe7\x8b\n"):
+        with pytest.raises(UserError, match=r"mine\.csv is UTF-8 but for \d+ bytes.* in line 3,"):
+            decode(lines[0] * 2 + cut, "mine.csv")
 
 
 def test_a_few_stray_bytes_in_utf8_are_said():

@@ -645,7 +645,7 @@ def test_captions_that_are_few_texts_are_counted(tmp_path, load):
     ]
     with (tmp_path / "captions.txt").open("w", newline="") as file:
         csv.writer(file).writerows([("image", "caption"), *rows])
-    assert "24 captions of 4 different texts; " in load(tmp_path).summary()
+    assert "24 captions (4 different texts); " in load(tmp_path).summary()
 
 
 def test_fingerprint(tmp_path, load, monkeypatch):

@@ -15,7 +15,7 @@ import evaluate
 from sources.pictures import decode
 from support import zeroshot
 from support.command import UserError
-from support.zeroshot import ZeroShot, find_pictures, read_templates
+from support.zeroshot import ZeroShot, class_folders, find_pictures, parted, read_templates
 
 
 @pytest.fixture
@@ -132,6 +132,44 @@ def test_folders_that_will_not_do(run, classes, tmp_path):
     refused(tmp_path / "bad", "two class folders")
     shutil.copytree(classes / "red", classes / "RED_")
     refused(classes, "two class folders for red")
+
+
+SPLIT_FOLDERS = {
+    "train/a train/b": "train",
+    "seg_train/a seg_train/b": "seg_train",
+    "train/a val/a": r"holds train, val: .*give one: \S+val",
+    "training_set/a test_set/a": "holds test_set, training_set: ",
+    "train/a train/b test": "holds test, train: ",
+    "train/a train/b samples": r"holds train: .*give one: \S+train",
+    "train test": "holds test, train: ",
+    "train car": "",
+    "train/a car/a": "",
+    "train/@eaDir car": "",
+}
+
+
+@pytest.mark.parametrize("places", SPLIT_FOLDERS)
+def test_splits_above_the_class_folders(tmp_path, places):
+    for place in places.split():
+        (tmp_path / place).mkdir(parents=True)
+    holders, right = sorted(tmp_path.iterdir()), SPLIT_FOLDERS[places]
+    if "holds" not in right:
+        assert class_folders(tmp_path, holders) == tmp_path / right
+    else:
+        with pytest.raises(UserError, match=right):
+            class_folders(tmp_path, holders)
+
+
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [
+        ("HappyDog", "happy dog"), ("TVSet", "tv set"), ("000.Dog", "dog"), ("a-b_c", "a b c"),
+        ("001.Black_footed_Albatross", "black footed albatross"), ("n02085620-Pug", "pug"),
+        ("2_dogs", "2 dogs"), ("红色的狗", "红色的狗"), ("cafe\u0301", "café"),
+    ],
+)  # fmt: skip
+def test_class_names_are_parted(name, right):
+    assert parted(name, numbered=False) == right
 
 
 def test_flags_that_do_not_go_together(tmp_path):
