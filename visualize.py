@@ -173,7 +173,7 @@ def text_row(embedded: Embedded, pictures: Pictures, i: int, k: int, why: str = 
     texts.append(verdict(embedded.t2i[i], k, len(pictures.embeddings), "its picture"))
     texts += [(why, GREY)] if why else []
     own = cell_of(true, pictures)._replace(note=f"rank {true.rank:,.0f}: {true.score:.3f}")
-    return [texts, own, *(cell_of(hit, pictures) for hit in hits[:k])]
+    return [texts, own] + [cell_of(hit, pictures) for hit in hits[:k]]
 
 
 def image_row(embedded: Embedded, pictures: Pictures, i: int, k: int) -> Row:
@@ -273,7 +273,7 @@ def draw_search(trained: Trained, options: Namespace) -> None:
     k, rows = clamped("top-k", options.top_k, pool), []
     for query, embedding in zip(options.query, trained.embed_texts(options.query), strict=True):
         hits = find(embedding, pictures.embeddings, k)
-        rows.append([[(query, INK)], *(cell_of(hit, pictures) for hit in hits)])
+        rows.append([[(query, INK)]] + [cell_of(hit, pictures) for hit in hits])
         if options.images:
             print(query)
             for hit in hits:

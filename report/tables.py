@@ -93,7 +93,7 @@ def table(head: str, runs: list[Rows]) -> str:
 def markdown(lines: list[list[str]]) -> str:
     """Lines of cells, the heads first, as a Markdown table."""
     lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join(["", *(f"| {' | '.join(line)} |" for line in lines), ""])
+    return "".join(f"\n| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def results() -> str:
@@ -130,10 +130,8 @@ def films(splits: str, *names: str) -> str:
 def by_seed(name: str) -> str:
     """A recipe's runs on the test split, one by one, and all of them together."""
     rows = pick(name, "test")
-    return table(
-        f"seed|{RECALLS}|95% i2t|95% t2i|minutes",
-        [*([row] for row in rows), *[rows] * (len(rows) > 1)],
-    )
+    lines = [[row] for row in rows] + [rows] * (len(rows) > 1)
+    return table(f"seed|{RECALLS}|95% i2t|95% t2i|minutes", lines)
 
 
 def leak() -> str:

@@ -162,7 +162,7 @@ def words_that_matter(trained: Trained, text: str, picture: np.ndarray) -> list[
     """Each word of a text and by how much the score with a picture falls without it."""
     words = text.split()
     rest = [" ".join(words[:i] + words[i + 1 :]) for i in range(len(words))]
-    scores = trained.embed_texts([text, *(words and rest)]) @ picture
+    scores = trained.embed_texts([text, *rest]) @ picture
     return [(word, float(scores[0] - score)) for word, score in zip(words, scores[1:], strict=True)]
 
 

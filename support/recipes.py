@@ -172,7 +172,7 @@ def run_recipe(
     ends = last_runs(runs, parser)
     for place, (name, words) in enumerate(runs, 1):
         print(f"run {place} of {len(runs)}: {name}", flush=True)
-        may_change = {*OF_RECIPES, *(["epochs"] if name in ends else [])}
+        may_change = OF_RECIPES | ({"epochs"} if name in ends else set())
         now = {flag: x for flag, x in typed.items() if flag in may_change}
         flags, earlier, folder = {**parser.typed(words), **now}, None, folder_of(name, ends, out)
         if flags.get("init") in dict(runs):

@@ -53,7 +53,8 @@ def embed_pictures(
     UserError when none can be read.
     """
     sizes = sorted({member.transform["stored_size"] for member in trained.members})
-    decoded = zip(paths, *(decode_all(paths, size, workers) for size in sizes), strict=True)
+    by_size = [decode_all(paths, size, workers) for size in sizes]
+    decoded = zip(paths, *by_size, strict=True)
     parts, kept, failed = [], [], []
     while block := list(islice(decoded, BLOCK)):
         rows = []
