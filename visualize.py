@@ -40,9 +40,9 @@ from support.figures import (
     write,
 )
 from support.grid import CELL, Cell, Column, Row, draw_grid
-from support.hits import Hit, find
 from support.html import write_page
 from support.origin import named, origin, run_name, whole_history
+from support.ranking import Hit, find
 from support.remarks import check_queries, unread
 from support.similarity import draw_similarity
 from support.thumbnails import draw_thumbnail, spread

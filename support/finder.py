@@ -19,7 +19,7 @@ from sources.opening import EXTENSIONS
 from sources.pictures import decode
 from support.command import UserError
 from support.embedding import Trained, side_by_side
-from support.hits import top_k
+from support.ranking import top_k
 from support.zeroshot import TEMPLATES, class_embeddings
 
 # A query whose best score is below what four in five unrelated captions get fits nothing. Measured

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from support.command import atomic_write
-from support.hits import cosine, top_k
+from support.ranking import cosine, top_k
 from support.topics import topics_of
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ from sources.texts import clean_text
 from support.command import UserError, warn
 from support.embedding import Trained
 from support.figures import canvas, wrapped
+from support.ranking import TIE
 
 BLOCK = 100  # pictures that are held decoded at once
 
@@ -77,7 +78,6 @@ def embed_pictures(
 
 
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a {}.", "there is a {} in the picture.")
-TIE = 1e-12  # scores that differ by less are equal, and a tie is lost: as in evaluate.py
 
 
 class ZeroShot(NamedTuple):

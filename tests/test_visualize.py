@@ -22,8 +22,8 @@ from sources.texts import clean_text
 from support import cases, figures, grid, similarity, thumbnails
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command import UserError
-from support.hits import top_k
 from support.origin import run_name
+from support.ranking import top_k
 from support.topics import Topics, topics
 
 COUNT = 24
