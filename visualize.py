@@ -205,7 +205,7 @@ def draw_split(trained: Trained, options: Namespace) -> None:
     about = f"{origin(trained, options)}{first}"
     images, batch = dev_size(trained.content), trained.options.batch_size
     name = run_name(trained.path.parent)
-    write(out / "curves.png", lambda path: draw_curves(history, path, about, name, images, batch))
+    write(out / "curves.png", draw_curves, history, about, name, images, batch)
     if pairs.dataset.kind in FIGURES:
         seen = evaluate.evaluate_trained(trained, pairs.dataset, "train", options)
         FIGURES[pairs.dataset.kind](out, embedded, seen, history, pictures.name, footer, evaluate)

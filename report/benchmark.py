@@ -24,9 +24,8 @@ from report.products import seconds_of_products
 from sources.pictures import decode_all
 from support.command import UserError, atomic_write, number, output, run
 from support.device import AUTOCAST, keep_memory, native_bf16
-from support.options import resolve
 from support.precision import machine_in_words
-from support.recipes import as_words, read_recipe
+from support.recipes import as_words, first_options
 from support.remarks import describe
 from support.results import write_json
 from train import Run, begin, build_parser, train_epoch
@@ -179,8 +178,7 @@ def main(argv: list[str]) -> None:
     flag("--markdown", type=output, metavar="FILE", help="and as a table")
     keep_memory()
     typed = parser.typed(argv)
-    recipe = read_recipe(typed.get("recipe", "plain"))
-    options = resolve(parser, typed, parser.typed(recipe[0][1]))
+    options = first_options(parser, typed)
     trained = begin(options)
     print(describe(trained, options))
     options.batches = min(options.batches, len(trained.pairs["train"].sampler(options)))

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset import Tokenizer
-from support.topics import topics
+from support.topics import topics_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -176,10 +176,8 @@ class Features(NamedTuple):
 
 def features(embedded: Embedded) -> Features:
     """What the captions and pictures of a split are like."""
-    pairs, texts = embedded.pairs, defaultdict(list)
-    for caption, image in zip(pairs.captions, pairs.caption_image, strict=True):
-        texts[int(image)].append(caption)
-    topic, names = topics([" ".join(texts[i]) for i in range(len(pairs.rows))], 0)
+    pairs = embedded.pairs
+    topic, names = topics_of(pairs, 0)
     measures = {
         "length in words": np.array([len(words_of(caption)) for caption in pairs.captions], float),
         "training captions near": near_training(pairs),

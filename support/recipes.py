@@ -59,6 +59,12 @@ def read_recipe(name: str) -> Recipe:
     return runs
 
 
+def first_options(parser: Parser, typed: dict[str, Any]) -> Namespace:
+    """The options of the first run of a recipe, `plain` where none is typed. Raises UserError."""
+    (_, words), *_ = read_recipe(typed.get("recipe", "plain"))
+    return resolve(parser, typed, parser.typed(words))
+
+
 def default_recipe(typed: dict[str, Any]) -> str:
     """`assignment`; or `plain`, one run, where its text tower cannot learn from captions first.
 
