@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset import Tokenizer
+from support.remarks import is_word
 from support.topics import topics_of
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Group(NamedTuple):
 
 def words_of(caption: str) -> list[str]:
     """The words of a caption in lower case, without punctuation."""
-    return [word for word in Tokenizer.words(caption) if any(map(str.isalnum, word))]
+    return [*filter(is_word, Tokenizer.words(caption))]
 
 
 def speak_of(captions: list[str], phrases: list[str]) -> np.ndarray:
