@@ -195,12 +195,7 @@ def plot_epochs(axes: Axes, history: list[dict[str, float]], curves: dict[str, s
 
 
 def draw_curves(
-    path: Path,
-    history: list[dict[str, float]],
-    footer: str,
-    name: str,
-    images: int,
-    batch: int,
+    path: Path, history: list[dict[str, float]], footer: str, name: str, images: int, batch: int
 ) -> None:
     """Draws losses and recalls over epochs; `history` holds a record an epoch. Raises UserError.
 
