@@ -14,15 +14,7 @@ import numpy as np
 from posters.films import plain_title
 from posters.genres import genre_recalls
 from posters.report import DIRECTIONS, MEANING, mean_distances, paired_ranks
-from support.figures import (
-    HATCHES,
-    canvas,
-    draw_chance,
-    legend_above,
-    plot_epochs,
-    wrapped,
-    write,
-)
+from support.figures import HATCHES, canvas, draw_chance, legend_above, plot_epochs, wrapped, write
 from support.ranking import first_captions
 
 SHOWN = 40  # films in a corner of the distance matrix
