@@ -49,7 +49,6 @@ def resnet18(options: Namespace) -> nn.Sequential:
 
 def cut_resnet(net: nn.Module) -> nn.Sequential:
     """A torchvision ResNet as the blocks that the data meets, one after the other."""
-    net = later("towers.small_maps", "exchange")(net)  # at 96 px, with bf16, 1.4 times as fast
     tower = nn.Sequential(
         Normalize(),
         nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool),  # (B, 64, S/4, S/4)
@@ -333,6 +332,7 @@ def build_model(options: Namespace, tokenizer: Tokenizer, pretrained: bool = Tru
     scale = torch.tensor(math.log(1 / options.temperature))
     scale = nn.Parameter(scale, requires_grad=not options.fixed_temperature)
     model = CLIP(images, texts, to_images, to_texts, scale)
+    model = later("towers.on_cpu", "exchange")(model)  # with bf16, 1.5 times as fast at 96 px
     model.tokenizer, model.transform = tokenizer, image_transform(options)
     return model.to(memory_format=torch.channels_last)
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 MEASURED = ("fp32", "bf16")
 IMAGES = 32  # of a batch at most: a quarter of the usual one tells as much
 SECONDS = 1.0  # no more rounds after this
-STEPS = "2"  # part of the question: raise it when the code of a step changes what it costs
+STEPS = "3"  # part of the question: raise it when the code of a step changes what it costs
 ROUNDS = 4  # the first, which allocates memory, is not counted
 AT_LEAST = 3  # another program may have been at work in one round
 WORDS = 12  # of a caption

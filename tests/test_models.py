@@ -32,7 +32,7 @@ from support.checkpoint import FORMAT, fill_from, load_checkpoint, save_checkpoi
 from support.command import UserError
 from support.device import choose_device, choose_precision, native_bf16
 from support.options import ALL, config_of
-from towers.small_maps import SmallMapConv, exchange
+from towers.on_cpu import SmallMapConv, WordDropout, exchange
 from towers.text import TextBag
 
 
@@ -202,6 +202,41 @@ def test_the_exchanged_resnet_has_the_names_that_it_had():
     assert list(exchange(net).state_dict()) == names
     kept = [name for name, part in net.named_modules() if type(part) is nn.Conv2d]
     assert kept == ["conv1", *(f"layer{n}.0.downsample.0" for n in (2, 3, 4))]
+
+
+def test_a_convolution_of_another_kind_is_not_exchanged():
+    kinds = [
+        nn.Conv2d(4, 4, 3, padding=1),  # a bias
+        nn.Conv2d(4, 4, 3, bias=False),  # no padding
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2, bias=False),
+        nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False),
+        nn.Conv2d(4, 4, 5, padding=2, bias=False),
+    ]
+    assert [type(layer) for layer in exchange(nn.Sequential(*kinds))] == [nn.Conv2d] * 5
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.3, 0.95])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_on_a_cpu_is_dropout(p, dtype):
+    """Rate, scale, gradient, independence of neighbours; and it follows torch's generator."""
+    layer = exchange(nn.Sequential(nn.Dropout(p)))[0].train()
+    assert type(layer) is WordDropout
+    x = torch.full((101, 103, 7), 2.0, dtype=dtype, requires_grad=True)
+    torch.manual_seed(4)
+    found = layer(x)
+    torch.manual_seed(4)
+    assert torch.equal(found, layer(x)) and (not p or not torch.equal(found, layer(x)))
+    kept = (found != 0).flatten().double()
+    error = math.sqrt(p * (1 - p) / len(kept))  # of the share: a standard deviation
+    assert abs(kept.mean() - (1 - p)) <= 5 * error
+    scale = torch.tensor(2 / (1 - p)).to(dtype)
+    torch.testing.assert_close(found.detach(), scale * kept.view(x.shape).to(dtype))
+    (gradient,) = torch.autograd.grad(found.float().sum(), x)
+    torch.testing.assert_close(2 * gradient, found.detach())
+    for apart in (1, 2, 3, 4, 7):  # four numbers come of one draw
+        both = (kept[apart:] * kept[:-apart]).mean()
+        assert abs(both - (1 - p) ** 2) <= 10 * error
+    assert torch.equal(layer.eval()(x), x)
 
 
 @pytest.mark.parametrize("head", HEADS)
