@@ -24,8 +24,7 @@ from models import CLIP
 from support.command import Parser, UserError, later, output, run, say_unused, warn
 from support.device import keep_memory
 from support.embedding import Trained, embed_pairs, load_trained, side_by_side, trained_on
-from support.hits import first_captions
-from support.ranking import TIE, count_below, exact_scores, lengths_of
+from support.ranking import TIE, count_below, exact_scores, first_captions, lengths_of
 from support.remarks import unread
 
 # ------------------------------------------------------------------------- ranks and recalls

@@ -52,7 +52,7 @@ def cut_resnet(net: nn.Module) -> nn.Sequential:
     tower = nn.Sequential(
         Normalize(),
         nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool),  # (B, 64, S/4, S/4)
-        *(block for layer in (net.layer1, net.layer2, net.layer3, net.layer4) for block in layer),
+        *[*net.layer1, *net.layer2, *net.layer3, *net.layer4],
         nn.Sequential(net.avgpool, nn.Flatten()),  # the mean over all places
     )
     tower.width = net.fc.in_features

@@ -141,7 +141,7 @@ def build_finders(trained: list[Trained], options: Namespace) -> tuple[Shelf, li
         of_what = "loose" if options.images else f"{index.digest(shelf.title)[:12]}"
         texts = index.text_embeddings(models, shelf.captions, f"captions-{of_what}", options)
         shelf = shelf._replace(texts=texts)
-    choices = [together, *(trained if len(trained) > 1 and not options.query else [])]
+    alone = trained if len(trained) > 1 and not options.query else []
     names = [name_of(one) for one in trained]
     names = [" and ".join(names), *names] if len(names) > 1 else names
     sample = drawn(unrelated, SAMPLE)
@@ -149,7 +149,7 @@ def build_finders(trained: list[Trained], options: Namespace) -> tuple[Shelf, li
     own = dict(zip(shelf.captions, shelf.owner.tolist(), strict=True))
     owner = np.array([own.get(text, -1) for text in sample])
     finders = []
-    for name, choice in zip(names, choices, strict=False):
+    for name, choice in zip(names, [together, *alone], strict=False):
         members = [digests[id(model)] for model in choice.members]
         finder = Finder(name, choice, members, shelf)
         finder.measure_usual([texts[member] for member in members], owner)

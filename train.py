@@ -307,8 +307,7 @@ def train(
                 history.append(record)
                 best = max(history, key=lambda past: past["mean_recall"])  # first of equals
                 copy = out / "best.pt" if best is record else None
-                finished = runs.is_finished(history, options)
-                content = contents(run, weights, config_of(options), finished)
+                content = contents(run, weights, config_of(options))
                 save_checkpoint(out / "last.pt", content, copy)
             origin, images = run.pairs["train"].dataset.origin(), len(run.pairs["dev"].rows)
             runs.write_history(out, history, origin, images, options.batch_size)

@@ -40,9 +40,9 @@ from support.figures import (
     write,
 )
 from support.grid import CELL, Cell, Column, Row, draw_grid
-from support.hits import Hit, find
 from support.html import write_page
 from support.origin import named, origin, run_name, whole_history
+from support.ranking import Hit, find
 from support.remarks import check_queries, unread
 from support.similarity import draw_similarity
 from support.thumbnails import draw_thumbnail, spread
@@ -173,7 +173,7 @@ def text_row(embedded: Embedded, pictures: Pictures, i: int, k: int, why: str = 
     texts.append(verdict(embedded.t2i[i], k, len(pictures.embeddings), "its picture"))
     texts += [(why, GREY)] if why else []
     own = cell_of(true, pictures)._replace(note=f"rank {true.rank:,.0f}: {true.score:.3f}")
-    return [texts, own, *(cell_of(hit, pictures) for hit in hits[:k])]
+    return [texts, own] + [cell_of(hit, pictures) for hit in hits[:k]]
 
 
 def image_row(embedded: Embedded, pictures: Pictures, i: int, k: int) -> Row:
@@ -205,7 +205,7 @@ def draw_split(trained: Trained, options: Namespace) -> None:
     about = f"{origin(trained, options)}{first}"
     images, batch = dev_size(trained.content), trained.options.batch_size
     name = run_name(trained.path.parent)
-    write(out / "curves.png", lambda path: draw_curves(history, path, about, name, images, batch))
+    write(out / "curves.png", draw_curves, history, about, name, images, batch)
     if pairs.dataset.kind in FIGURES:
         seen = evaluate.evaluate_trained(trained, pairs.dataset, "train", options)
         FIGURES[pairs.dataset.kind](out, embedded, seen, history, pictures.name, footer, evaluate)
@@ -273,7 +273,7 @@ def draw_search(trained: Trained, options: Namespace) -> None:
     k, rows = clamped("top-k", options.top_k, pool), []
     for query, embedding in zip(options.query, trained.embed_texts(options.query), strict=True):
         hits = find(embedding, pictures.embeddings, k)
-        rows.append([[(query, INK)], *(cell_of(hit, pictures) for hit in hits)])
+        rows.append([[(query, INK)]] + [cell_of(hit, pictures) for hit in hits])
         if options.images:
             print(query)
             for hit in hits:

@@ -10,20 +10,12 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
 
 from posters.films import plain_title
 from posters.genres import genre_recalls
 from posters.report import DIRECTIONS, MEANING, mean_distances, paired_ranks
-from support.figures import (
-    HATCHES,
-    MARKERS,
-    canvas,
-    draw_chance,
-    legend_above,
-    wrapped,
-    write,
-)
+from support.figures import HATCHES, canvas, draw_chance, legend_above, plot_epochs, wrapped, write
+from support.ranking import first_captions
 
 SHOWN = 40  # films in a corner of the distance matrix
 
@@ -37,13 +29,13 @@ class Films(NamedTuple):
     records: list[Any]
 
 
-def films_of(name: str, embedded: Any, evaluate: ModuleType, most: int | None = None) -> Films:
+def films_of(name: str, embedded: Any, most: int | None = None) -> Films:
     """The films of an embedded split (evaluate.Embedded), or `most` of them by lot."""
     pairs = embedded.pairs
     chosen = np.arange(len(pairs.rows))
     if most and most < len(chosen):
         chosen = np.sort(np.random.default_rng(0).choice(chosen, most, replace=False))
-    texts = embedded.text_embeddings[evaluate.first_captions(pairs.caption_image)]
+    texts = embedded.text_embeddings[first_captions(pairs.caption_image)]
     records = [pairs.dataset.records[pairs.rows[i]] for i in chosen]
     return Films(name, embedded.image_embeddings[chosen], texts[chosen], records)
 
@@ -58,8 +50,8 @@ def draw_films(
     evaluate: ModuleType,
 ) -> None:
     """Draws an embedded split of films beside as many of the training films (both Embedded)."""
-    films = films_of(f"{embedded.pairs.name} films", embedded, evaluate)
-    both = [films_of("training films", trained_on, evaluate, len(films.images)), films]
+    films = films_of(f"{embedded.pairs.name} films", embedded)
+    both = [films_of("training films", trained_on, len(films.images)), films]
     if embedded.pairs.name == "train":
         both = both[:1]
     write(out / "distances.png", draw_distances, both, name, footer)
@@ -98,21 +90,16 @@ def draw_distances(path: Path, groups: list[Films], name: str, footer: str) -> N
 
 def draw_gap(path: Path, history: list[dict[str, float]], name: str, footer: str) -> None:
     """Accuracy over epochs on training films and on as many dev films, on one scale."""
-    epochs, films = [record["epoch"] for record in history], history[0]["dev_films"]
+    films = history[0]["dev_films"]
     title = f"{name}: memorised or learned? Training films against films not trained on (dev)"
     with canvas(path, 9.5, 4.2, title, footer) as (figure, _):
         panels = figure.subplots(1, 2, sharey=True)
         for axes, (dim, way) in zip(panels, DIRECTIONS.items(), strict=True):
             curves = {"training films": f"train_top1_{way}", "dev films": f"top1_{way}"}
-            for (label, key), marker in zip(curves.items(), MARKERS, strict=False):
-                values = [record[key] for record in history]
-                axes.plot(epochs, values, marker=marker, label=label, clip_on=False)
-            direction = MEANING[dim].partition(":")[0]
-            axes.set(title=f"{dim}: {direction}", xlabel="epoch", ylim=(0, None))
+            plot_epochs(axes, history, curves)
+            axes.set_title(f"{dim}: {MEANING[dim].partition(':')[0]}")
             draw_chance(axes, 100 / films, f"chance: {100 / films:.2g}%")
             axes.set_ylabel(f"accuracy among {films} films (%)")
-            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
-            axes.grid(True)
             legend_above(axes, 3)
 
 

@@ -8,19 +8,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from models import LinearHead
 from posters.words import READINGS
 
 
-class IdentityHead(nn.Linear):
+class IdentityHead(LinearHead):
     """Centred features through a matrix that starts as the identity, on the first `embed_dim`.
 
     For a text tower whose features are good embeddings already, such as MiniLM's first 384.
     """
 
     def __init__(self, width: int, embed_dim: int, dropout: float):
-        super().__init__(width, embed_dim, bias=False)
+        super().__init__(width, embed_dim, dropout)
         nn.init.eye_(self.weight)
-        self.dropout = dropout
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("seen", torch.zeros(()))
 
@@ -28,7 +28,7 @@ class IdentityHead(nn.Linear):
         if self.training:  # the mean of all that was seen in training
             self.seen += len(features)
             self.mean += (features.detach() - self.mean).sum(0) / self.seen
-        return super().forward(F.dropout(features - self.mean, self.dropout, self.training))
+        return super().forward(features - self.mean)
 
 
 class PosterHead(nn.Module):

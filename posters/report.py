@@ -18,6 +18,7 @@ from posters.head import PosterHead
 from posters.words import hide_words, read_words
 from support.command import atomic_write, warn
 from support.embedding import trained_on
+from support.ranking import first_captions
 from support.results import save_embeddings
 
 if TYPE_CHECKING:
@@ -138,15 +139,13 @@ def generalisation_table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def all_films(
-    trained: Trained, dataset: CaptionedImages, evaluate: ModuleType
-) -> tuple[CaptionedImages, np.ndarray]:
+def all_films(trained: Trained, dataset: CaptionedImages) -> tuple[CaptionedImages, np.ndarray]:
     """The films of all splits as one, "film", with their first introductions; and a label each.
 
     "train": it was trained on; "test": a test film that was not; the rest are in neither group.
     """
     rows = np.flatnonzero(dataset.labels != "")
-    rows = rows[evaluate.first_captions(dataset.caption_image[rows])]
+    rows = rows[first_captions(dataset.caption_image[rows])]
     images, captions = dataset.caption_image[rows], [dataset.captions[i] for i in rows]
     seen, test = trained_on(trained, dataset, images), dataset.labels[rows] == "test"
     labels = np.full(len(rows), "film")
@@ -175,7 +174,7 @@ def evaluate_films(
 
     `evaluate` is the module evaluate.py. Writes options.save_embeddings and .distance_matrix.
     """
-    films, labels = all_films(trained, dataset, evaluate)
+    films, labels = all_films(trained, dataset)
     embedded = evaluate.evaluate_trained(trained, films, "film", options)
     images, texts = embedded.image_embeddings, embedded.text_embeddings
     figures, held = generalise(images, texts, labels, evaluate), np.flatnonzero(labels == "test")

@@ -138,13 +138,12 @@ def tables(embedded: Embedded) -> dict[str, tuple[list[str], list[Line]]]:
             [way, items[i], int(times[i]), 100 * times[i] / times.sum()] for i in order
         )
         files["near_misses"][1].extend(misses)
-        figures: dict[str, list[float]] = {name: [share] for name, share in shares.items()}
         rates = causes.miss_rates(misses, overlap, names)
-        figures |= {"misses": [len(misses)], "misses accepted": rates.accepted}
+        figures = {**shares, "misses": len(misses), "misses accepted": rates.accepted}
         figures |= {"right ones accepted": rates.own, "others accepted": rates.other}
         figures["misses a person would accept"] = rates.estimate
         if lead is not None:
-            figures["rank against lead"] = [correlation(lead, answered.ranks)]
+            figures["rank against lead"] = correlation(lead, answered.ranks)
         files["summary"][1].extend(summary_rows(way, figures))
     files["summary"][1].extend(summary_rows("both", causes.clouds(embedded)))
     return files

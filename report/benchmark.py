@@ -6,7 +6,6 @@ All are ratios from one run. The loop of train.py, the same towers on batches th
 report/course_loop.py take turns, so that a change in the machine's speed meets all alike.
 """
 
-import os
 import subprocess
 import sys
 import time
@@ -25,8 +24,8 @@ from report.products import seconds_of_products
 from sources.pictures import decode_all
 from support.command import UserError, atomic_write, number, output, run
 from support.device import AUTOCAST, keep_memory, native_bf16
-from support.options import resolve
-from support.recipes import as_words, read_recipe
+from support.precision import machine_in_words
+from support.recipes import as_words, first_options
 from support.remarks import describe
 from support.results import write_json
 from train import Run, begin, build_parser, train_epoch
@@ -132,10 +131,8 @@ def ranks_over_product(count: int, turns: int) -> float:
 
 def table(figures: dict[str, float | None]) -> str:
     """The figures as a table in Markdown, with the machine in words."""
-    instructions = f" with {', '.join(native_bf16())}" if native_bf16() else ""
     lines = [
-        f"{os.cpu_count()} cores{instructions}, {torch.get_num_threads()} threads; "
-        f"torch {torch.__version__}, Python {sys.version.split()[0]}",
+        f"{machine_in_words()}; torch {torch.__version__}, Python {sys.version.split()[0]}",
         "\n| measured | value | aim |\n|---|---|---|",
     ]
     for name, (title, aim) in TITLES.items():
@@ -181,8 +178,7 @@ def main(argv: list[str]) -> None:
     flag("--markdown", type=output, metavar="FILE", help="and as a table")
     keep_memory()
     typed = parser.typed(argv)
-    recipe = read_recipe(typed.get("recipe", "plain"))
-    options = resolve(parser, typed, parser.typed(recipe[0][1]))
+    options = first_options(parser, typed)
     trained = begin(options)
     print(describe(trained, options))
     options.batches = min(options.batches, len(trained.pairs["train"].sampler(options)))

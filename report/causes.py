@@ -198,7 +198,7 @@ def miss_rates(misses: list[Line], overlap: Overlap, names: list[str]) -> Rates:
         accepted, own, other = (100 * asked[:, i] / asked[:, i + 1] for i in (0, 2, 4))
         estimate = (100 * (accepted - other) / (own - other)).clip(0, 100)
     estimate[~(own > other)] = np.nan
-    return Rates(*(with_interval(drawn) for drawn in (accepted, own, other, estimate)))
+    return Rates._make(map(with_interval, (accepted, own, other, estimate)))
 
 
 def draw_weights(count: int) -> np.ndarray:

@@ -16,24 +16,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project above this folder
 
 from support.checkpoint import VERSION, best_epoch, load_checkpoint
 from support.command import HERE, Parser, UserError, number, run
-from support.device import native_bf16
-from support.precision import machine_of
+from support.precision import machine_in_words
 from support.recipes import read_recipe
+from support.results import read_csv
 
 RUNS = HERE / "report" / "runs.csv"
 FLICKR8K = 6000, 1000  # images of train and of dev: the table's
-
-
-def heads_and_rows() -> tuple[list[str], list[dict[str, str]]]:
-    with RUNS.open(newline="", encoding="utf-8") as file:
-        table = csv.DictReader(file)
-        return list(table.fieldnames or []), list(table)
 
 
 def run_once(words: list[str], seed: int, options: list[str]) -> dict[str, object]:
@@ -55,17 +47,13 @@ def run_once(words: list[str], seed: int, options: list[str]) -> dict[str, objec
 def row_of(record: dict, name: str, change: str, command: str, seed: int) -> dict[str, str]:
     """A run's row for report/runs.csv."""
     commit = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-    cores, machine = torch.get_num_threads(), machine_of()
-    kind = f"{cores} core{'s' * (cores > 1)} {'with' if native_bf16() else 'without'} bf16"
-    if torch.cuda.is_available():
-        kind = f"one {torch.cuda.get_device_name()}"
     ways = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
     return {
         **{"run": f"change: {name}", "group": "changes", "change": change, "changes": "1"},
         **{"command": command, "data": "Flickr8k", "split": "dev", "pool": str(FLICKR8K[1])},
         **{"seed": str(seed), "version": str(VERSION), "date": f"{datetime.date.today()}"},
         "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
-        "machine": f"{kind} ({machine['processor']})",
+        "machine": machine_in_words(),
         "minutes": f"{record['minutes']:.1f}",
         **{way: f"{record[way]:.1f}" for way in ways},
         "mean_recall": f"{record['mean_recall']:.2f}",
@@ -74,7 +62,8 @@ def row_of(record: dict, name: str, change: str, command: str, seed: int) -> dic
 
 def append(row: dict[str, str]) -> None:
     """Adds a row in one write, so that several programs may do so."""
-    heads, _ = heads_and_rows()
+    with RUNS.open(newline="", encoding="utf-8") as file:
+        heads = next(csv.reader(file))
     with RUNS.open("a", newline="", encoding="utf-8") as file:
         csv.DictWriter(file, heads, restval="", lineterminator="\n").writerow(row)
 
@@ -91,8 +80,8 @@ def main(argv: list[str]) -> None:
     for name in options.only:
         words = lines["base"] + (lines[name] if name != "base" else [])
         for seed in range(options.seeds):
-            rows = heads_and_rows()[1]
-            if any((row["run"], row["seed"]) == (f"change: {name}", str(seed)) for row in rows):
+            known = {(row["run"], row["seed"]) for row in read_csv(RUNS)}
+            if (f"change: {name}", str(seed)) in known:
                 continue
             print(f"{name}, seed {seed}: {shlex.join(words)}", flush=True)
             record = run_once(words, seed, ["--data", options.data, "--cache", options.cache])

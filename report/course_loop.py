@@ -23,8 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project abov
 from dataset import Pairs, load_dataset
 from models import build_model, hold_back
 from support.command import UserError, number, run
-from support.options import resolve
-from support.recipes import read_recipe
+from support.recipes import first_options
 from towers import on_cpu
 from train import build_parser
 
@@ -85,10 +84,7 @@ def main(argv: list[str]) -> None:
     parser.prog, parser.description = "course_loop.py", __doc__.split("\n")[0]
     flag = parser.add_argument_group("benchmark").add_argument
     flag("--batches", type=number(int, 2, 100_000), default=15, help="to train on")
-    typed = parser.typed(argv)
-    recipe = read_recipe(typed.get("recipe", "plain"))
-    options = resolve(parser, typed, parser.typed(recipe[0][1]))
-    print(f"{images_per_second(options):.3f}")
+    print(f"{images_per_second(first_options(parser, parser.typed(argv))):.3f}")
 
 
 if __name__ == "__main__":

@@ -60,8 +60,9 @@ def preferences(models: Models, most: int = 5) -> Lines:
             cells = []
             for finding in ("better", "worse"):
                 rows = told_apart(files["groups"], way, finding)[:most]
-                cells.append("; ".join(f"{label(row)} {signed(row):+.1f}" for row in rows))
-            lines.append([model, WAYS[way], *(cell or "nothing seen" for cell in cells)])
+                seen = "; ".join(f"{label(row)} {signed(row):+.1f}" for row in rows)
+                cells.append(seen or "nothing seen")
+            lines.append([model, WAYS[way], *cells])
     return lines
 
 
@@ -112,8 +113,8 @@ def words(models: Models, most: int = 7) -> Lines:
                     r for r in files["words"] if (r["direction"], r["finding"]) == (way, finding)
                 ]
                 rows.sort(key=lambda row: float(row["times"]), reverse=finding == "found later")
-                cells.append("; ".join(map(word_cell, rows[:most])))
-            lines.append([model, WAYS[way], *(cell or "nothing seen" for cell in cells)])
+                cells.append("; ".join(map(word_cell, rows[:most])) or "nothing seen")
+            lines.append([model, WAYS[way], *cells])
     return lines
 
 
@@ -167,7 +168,7 @@ def epochs(models: Models, most: int = 6) -> Lines:
         (model, row) for model, files in models.items() for row in spread(files["epochs"], most)
     ]
     known = [name for name in names if any(row.get(name) for _, row in rows)]
-    lines = [["model", "epoch", *(names[name] for name in known)]]
+    lines = [["model", "epoch", *map(names.get, known)]]
     for model, row in rows:
         digits = [2 if name.endswith("loss") else 1 for name in known]
         cells = [shown(row.get(n, ""), f".{d}f") for n, d in zip(known, digits, strict=True)]

@@ -15,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset import Tokenizer
-from support.topics import topics
+from support.remarks import is_word
+from support.topics import topics_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -41,7 +42,7 @@ class Group(NamedTuple):
 
 def words_of(caption: str) -> list[str]:
     """The words of a caption in lower case, without punctuation."""
-    return [word for word in Tokenizer.words(caption) if any(map(str.isalnum, word))]
+    return [*filter(is_word, Tokenizer.words(caption))]
 
 
 def speak_of(captions: list[str], phrases: list[str]) -> np.ndarray:
@@ -176,10 +177,8 @@ class Features(NamedTuple):
 
 def features(embedded: Embedded) -> Features:
     """What the captions and pictures of a split are like."""
-    pairs, texts = embedded.pairs, defaultdict(list)
-    for caption, image in zip(pairs.captions, pairs.caption_image, strict=True):
-        texts[int(image)].append(caption)
-    topic, names = topics([" ".join(texts[i]) for i in range(len(pairs.rows))], 0)
+    pairs = embedded.pairs
+    topic, names = topics_of(pairs, 0)
     measures = {
         "length in words": np.array([len(words_of(caption)) for caption in pairs.captions], float),
         "training captions near": near_training(pairs),

@@ -17,7 +17,7 @@ from PIL import Image
 
 from support.figures import GREEN, GREY, INK, RED, canvas, wrapped
 from support.finder import places_that_matter, words_that_matter
-from support.hits import find
+from support.ranking import find
 
 if TYPE_CHECKING:
     from evaluate import Embedded

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from support.ranking import TIE
 from support.results import write_csv
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 FOUND = 5
 COLUMNS = ["query", "image", "caption", "rank", "score", "margin"]
 COLUMNS += [f"{name}_{place}" for place in range(1, FOUND + 1) for name in ("found", "score")]
-TIE = 1e-12  # as in evaluate.py: scores that differ by less are equal
 Line = list[str | float]
 
 

@@ -13,11 +13,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-PRODUCTS = {
-    *("convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm"),
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention_for_cpu_backward",
-}
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
+PRODUCTS = {"convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm"}
+PRODUCTS |= {ATTENTION, f"{ATTENTION}_backward"}
 
 
 class Products(TorchDispatchMode):

@@ -9,7 +9,7 @@ from report.groups import content, words_of
 
 if TYPE_CHECKING:
     from evaluate import Embedded
-    from support.hits import Hit
+    from support.ranking import Hit
 
 
 def shared_words(overlap: Overlap, caption: int, image: int) -> tuple[list[str], int]:

@@ -5,7 +5,6 @@ path to the best recipe; with --check it only says whether the pages still agree
 A page named *.zh.md has the same tables, their words in Chinese as report/chinese.json has them.
 """
 
-import csv
 import json
 import re
 import sys
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project abov
 from report import findings, single
 from support.command import Parser, UserError, atomic_write, run
 from support.figures import HATCHES, INK, PALETTE, canvas, legend_above, name_bars, wrapped, write
+from support.results import read_csv
 
 HERE = Path(__file__).resolve().parent
 Rows = list[dict[str, str]]
@@ -27,11 +27,7 @@ RECALLS = "i2t R@1 / 5 / 10|t2i R@1 / 5 / 10"
 
 def read(name: str) -> Rows:
     """The rows of a CSV file of this folder. Raises UserError."""
-    try:
-        with (HERE / name).open(newline="", encoding="utf-8-sig") as file:
-            return list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read {HERE / name}: {error}") from error
+    return read_csv(HERE / name)
 
 
 def pick(name: str, split: str) -> Rows:
@@ -93,7 +89,7 @@ def table(head: str, runs: list[Rows]) -> str:
 def markdown(lines: list[list[str]]) -> str:
     """Lines of cells, the heads first, as a Markdown table."""
     lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join(["", *(f"| {' | '.join(line)} |" for line in lines), ""])
+    return "".join(f"\n| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def results() -> str:
@@ -130,10 +126,8 @@ def films(splits: str, *names: str) -> str:
 def by_seed(name: str) -> str:
     """A recipe's runs on the test split, one by one, and all of them together."""
     rows = pick(name, "test")
-    return table(
-        f"seed|{RECALLS}|95% i2t|95% t2i|minutes",
-        [*([row] for row in rows), *[rows] * (len(rows) > 1)],
-    )
+    lines = [[row] for row in rows] + [rows] * (len(rows) > 1)
+    return table(f"seed|{RECALLS}|95% i2t|95% t2i|minutes", lines)
 
 
 def leak() -> str:

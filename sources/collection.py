@@ -3,6 +3,8 @@
 sources/folder.py and sources/shapes.py fill a `Collection`; dataset.py makes pairs of it.
 """
 
+from __future__ import annotations
+
 import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,7 +45,7 @@ class Collection:
         """The picture itself, for figures, in its own proportions."""
         return thumbnail(self.paths[row]) if self.paths else Image.fromarray(self.pixels[row])
 
-    def at_size(self, size: int, cache: Path, workers: int) -> "Collection":
+    def at_size(self, size: int, cache: Path, workers: int) -> Collection:
         """The same with pictures of `size` pixels; those of built-in data have one size."""
         if not self.paths or size == self.pixels.shape[1]:
             return self

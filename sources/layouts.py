@@ -12,12 +12,10 @@ from typing import NamedTuple
 
 from sources.names import is_hidden, visible_folders
 from sources.reading import FORM, Reading, Row, reason_of, shortened, split_in, split_of
-from sources.records import read_coco, read_json, read_karpathy, read_records
+from sources.records import read_coco, read_karpathy, read_records
 from sources.tables import read_lines
 from sources.texts import clean_text
 from support.command import UserError, later
-
-__all__ = ["HOW_TO_GET", "LAYOUTS", "Row", "find_files", "read_folder", "read_json"]
 
 HOW_TO_GET = (
     "get Flickr8k from https://cloud.tsinghua.edu.cn/f/6e5dcf45eac345649665/ and unpack it into "

@@ -87,9 +87,10 @@ def shared_end(one: tuple[str, ...], other: tuple[str, ...]) -> float:
 class Pictures:
     """The picture files of a folder, found by name."""
 
-    def __init__(self, folder: Path, paths: Iterable[Path]):
+    def __init__(self, folder: Path, files: Iterable[Path]):
         self.folder = folder
-        self.parts = {path: parts_of(path.relative_to(folder).as_posix()) for path in sorted(paths)}
+        paths = sorted(path for path in files if path.suffix.lower() in EXTENSIONS)
+        self.parts = {path: parts_of(path.relative_to(folder).as_posix()) for path in paths}
         self.at = {parts: path for path, parts in self.parts.items()}
         self.folders = {  # the ends of the folders that hold pictures
             tuple(map(str.casefold, parts[i:-1]))
@@ -174,9 +175,3 @@ def same_content(paths: list[Path]) -> bool:
     if len({path.stat().st_size for path in paths}) > 1:
         return False
     return len({path.read_bytes() for path in paths}) == 1
-
-
-def find_pictures(folder: Path, files: Iterable[Path] | None = None) -> Pictures:
-    """The pictures below a folder. Raises OSError."""
-    files = walk_files(folder) if files is None else files
-    return Pictures(folder, [path for path in files if path.suffix.lower() in EXTENSIONS])

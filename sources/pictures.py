@@ -32,8 +32,12 @@ DECODE_IN_PROCESS = 200  # fewer pictures than this are decoded sooner than proc
 
 
 def decode(source: Path | bytes, size: int) -> np.ndarray:
-    """A picture squashed to a square: uint8 (size, size, 3). Raises as `open_picture` does."""
-    image = open_picture(source, 2 * size)
+    """A picture file, `squashed`. Raises as `open_picture` does."""
+    return squashed(open_picture(source, 2 * size), size)
+
+
+def squashed(image: Image.Image, size: int) -> np.ndarray:
+    """A picture as models take it, whatever its proportions: uint8 (size, size, 3)."""
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sources.encodings import decode
-from sources.names import find_pictures, walk_files
+from sources.names import Pictures, walk_files
 from support.command import UserError
 
 FORM = (
@@ -37,7 +37,7 @@ class Reading:
     def __init__(self, folder: Path):
         self.folder = folder
         self.files = sorted(walk_files(folder))
-        self.pictures = find_pictures(folder, self.files)
+        self.pictures = Pictures(folder, self.files)
         self.skipped: dict[str, list[str]] = defaultdict(list)  # reason -> what, as it stands there
         self.encodings: dict[str, None] = {}  # those that are not UTF-8, in order
 

@@ -1,6 +1,6 @@
 """Coloured shapes on textured grounds, each picture with five English captions.
 
-The built-in data, a stand-in for photographs; dataset.py calls make_shapes."""
+The built-in data, a stand-in for photographs; dataset.py calls read_shapes."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ WORDS: dict[str, dict[str, tuple[str, ...]]] = {
         "bottom right/lower right/bottom right corner"
     ),
 }
-KINDS = ("texture", "ground", *("shape", "colour", "size", "place") * 3)  # as _words lists them
+KINDS = ("texture", "ground") + ("shape", "colour", "size", "place") * 3  # as _words lists them
 PLACES = {p: 12 + 20 * np.array([i % 3, i // 3]) for i, p in enumerate(WORDS["place"])}  # centres
 # Object colours are strong and differ in lightness too (for the colour-blind); grounds are dull.
 _CODES = _table(
@@ -82,7 +82,8 @@ def _pick(rng: np.random.Generator, options: Sequence):
 
 
 def _words(scene: Scene) -> list[str]:
-    return [*scene.ground, *(w for t in scene.things for w in (t.shape, t.colour, t.size, t.place))]
+    things = [w for t in scene.things for w in (t.shape, t.colour, t.size, t.place)]
+    return [*scene.ground, *things]
 
 
 def _scene(words: list[str]) -> Scene:  # things sorted, so that their order makes no new scene
@@ -211,8 +212,8 @@ def draw(rng: np.random.Generator, scene: Scene) -> np.ndarray:
         edge = (190, 190, 190) if thing.colour == "black" else tuple(v * 2 // 5 for v in fill)
         if thing.shape == "ring":  # its hole shows the ground
             for inset, width, ink in ((0, 0.5 * radius, edge), (1, 0.5 * radius - 2, fill)):
-                corners = [*(centre - radius + inset), *(centre + radius - inset)]
-                pen.ellipse(corners, None, ink, round(width))
+                corners = np.concatenate([centre - radius + inset, centre + radius - inset])
+                pen.ellipse(corners.tolist(), None, ink, round(width))
         else:
             sin, cos = np.sin(tilt := rng.uniform(-0.1, 0.1)), np.cos(tilt)
             corners = OUTLINES[thing.shape] @ [[cos, sin], [-sin, cos]] * radius + centre

@@ -56,6 +56,11 @@ def clean_text(text: str) -> str:
     return CONTROL.sub(" ", text)
 
 
+def readable(name: str) -> str:
+    """A path as text: bytes that are no characters become signs that say so."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def words_of(text: str) -> list[str]:
     """`A dog's tail, wet.` -> a dog 's tail , wet . and 一只狗 -> 一 只 狗
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from support.hits import cosine, first_captions
+from support.ranking import cosine, first_captions
 
 if TYPE_CHECKING:
     from dataset import Pairs

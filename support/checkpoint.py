@@ -93,9 +93,7 @@ def fill_from(model: torch.nn.Module, content: dict[str, Any], name: str) -> Non
     print(f"init: {len(fitting):,} of {len(state):,} weights are those of {name}{rest}")
 
 
-def contents(
-    run: Run, weights: dict[str, Any] | None, config: dict[str, Any], finished: bool
-) -> dict[str, Any]:
+def contents(run: Run, weights: dict[str, Any] | None, config: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint holds of a run: enough to go on in the same bits, and to be evaluated.
 
     With --ema the model is the average, and `weights` are those that learn.
@@ -126,7 +124,6 @@ def contents(
         },
         "images": len(np.unique(dataset.caption_image)),
         "config": config,
-        "finished": finished,
     }
 
 

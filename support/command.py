@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from support import stopping, streams
+from support import stopping
 
 HERE = Path(__file__).resolve().parents[1]  # the project, not this folder
 
@@ -223,7 +223,7 @@ def out_of_memory(error: BaseException) -> bool:
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a script's `main` on the command line's words and leaves with its exit code."""
     stopping.listen()
-    streams.open_up()
+    stopping.open_up()
     try:
         with stopping.raising():
             code = ended(main)

@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image
 
 from sources.opening import open_picture
+from sources.pictures import squashed
+from sources.texts import readable
 from support.command import UserError
 from support.finder import Finder, Shelf, places_that_matter, terms_of, words_that_matter
 from support.remarks import check_query
@@ -92,12 +94,8 @@ class Desk:
         return self.finders[finder].images[position]
 
     def embed_upload(self, finder: int, name: str) -> np.ndarray:
-        picture = self.uploads[name]
-
-        def pixels_at(size: int) -> np.ndarray:
-            return np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))[None]
-
-        return self.finders[finder].trained.embed_pixels(pixels_at)[0]
+        picture, trained = self.uploads[name], self.finders[finder].trained
+        return trained.embed_pixels(lambda size: squashed(picture, size)[None])[0]
 
     def shown(self, found: list[tuple[int, float | None]]) -> list[dict[str, Any]]:
         """Pictures as the page shows them: number, score, name and, where one is known, caption."""
@@ -162,8 +160,3 @@ class Desk:
         places = places_that_matter(chosen.trained, self.picture(name, SIZES[1]), embedding)
         words = words_that_matter(chosen.trained, text, vector)
         return {"score": float(embedding @ vector), "words": words, "places": places.tolist()}
-
-
-def readable(name: str) -> str:
-    """A path as text: bytes that are no characters become signs that say so."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

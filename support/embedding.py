@@ -128,5 +128,5 @@ def load_trained(paths: list[Path], device: str) -> Trained:
 
 def trained_on(trained: Trained, dataset: CaptionedImages, rows: np.ndarray) -> np.ndarray:
     """Which of some images a member was trained on, by their content: names are used again."""
-    seen = set().union(*(content["train_images"]["digests"] for content in trained.contents))
+    seen = {x for content in trained.contents for x in content["train_images"]["digests"]}
     return np.array([dataset.digests[i] in seen for i in rows])

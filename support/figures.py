@@ -183,20 +183,25 @@ def draw_chance(axes: Axes, value: float, label: str) -> None:
     axes.set_ylim(0, max(axes.get_ylim()[1], 1.08 * value))
 
 
+def plot_epochs(axes: Axes, history: list[dict[str, float]], curves: dict[str, str]) -> None:
+    """Lines over epochs from 0 up, {label: key of the records}; their legend is not drawn yet."""
+    epochs = [record["epoch"] for record in history]
+    for (label, key), marker in zip(curves.items(), MARKERS, strict=False):
+        values = [record[key] for record in history]
+        axes.plot(epochs, values, marker=marker, label=label, clip_on=False)
+    axes.set(xlabel="epoch", ylim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+    axes.grid(True)
+
+
 def draw_curves(
-    history: list[dict[str, float]],
-    path: Path,
-    footer: str = "",
-    name: str = "",
-    images: int = 0,
-    batch: int = 1,
+    path: Path, history: list[dict[str, float]], footer: str, name: str, images: int, batch: int
 ) -> None:
     """Draws losses and recalls over epochs; `history` holds a record an epoch. Raises UserError.
 
     name: the run's; images: of dev, measured in batches of `batch`, 0 if it is not known: what
     guessing gives of 1,000 images is R@10 = 1%, and a loss of ln(batch).
     """
-    epochs = [record["epoch"] for record in history]
     best = best_epoch(history)
     panels = {
         "Loss": {"train": "train_loss", "dev": "dev_loss"},
@@ -209,12 +214,10 @@ def draw_curves(
     highest = max(record[f"{way}_r10"] for record in history for way in ("i2t", "t2i"))
     with canvas(path, 9.5, 6.6, title, footer) as (figure, _):
         for axes, (name, curves) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-            for (label, key), marker in zip(curves.items(), MARKERS, strict=False):
-                values = [record[key] for record in history]
-                axes.plot(epochs, values, marker=marker, label=label, clip_on=False)
+            plot_epochs(axes, history, curves)
             unit = "loss (dev: InfoNCE, nats)" if name == "Loss" else "recall (%)"
-            span = epochs[0] - 0.5, epochs[-1] + 0.5
-            axes.set(title=name, xlabel="epoch", ylabel=unit, ylim=(0, None), xlim=span)
+            span = history[0]["epoch"] - 0.5, history[-1]["epoch"] + 0.5
+            axes.set(title=name, ylabel=unit, xlim=span)
             if "R@10" in curves:  # both directions on one scale
                 axes.set_ylim(0, max(1.0, 1.08 * highest))
             if images and name == "Loss":
@@ -226,6 +229,4 @@ def draw_curves(
                 of = " of R@10" if "R@10" in curves else ""
                 draw_chance(axes, chance, f"chance{of}: {chance:.2g}%")
             axes.axvline(best["epoch"], color=GREY, linestyle="--", linewidth=1, label="best epoch")
-            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
-            axes.grid(True)
             legend_above(axes, 3 if "R@10" in curves else 4)

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from sources.opening import EXTENSIONS
-from sources.pictures import decode
+from sources.pictures import decode, squashed
 from support.command import UserError
 from support.embedding import Trained, side_by_side
-from support.hits import top_k
+from support.ranking import top_k
 from support.zeroshot import TEMPLATES, class_embeddings
 
 # A query whose best score is below what four in five unrelated captions get fits nothing. Measured
@@ -116,13 +116,9 @@ class Finder:
 
     def embed_file(self, file: Path) -> np.ndarray:
         try:
-            return self.embed_picture(file)
+            return self.trained.embed_pixels(lambda size: decode(file, size)[None])[0]
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read as a picture: {error}") from error
-
-    def embed_picture(self, source: Path | bytes) -> np.ndarray:
-        """The embedding (D,) of a picture. Raises what `decode` raises."""
-        return self.trained.embed_pixels(lambda size: decode(source, size)[None])[0]
 
     def find(self, query: np.ndarray, k: int) -> list[tuple[int, float]]:
         """The best `k` pictures: (position, cosine)."""
@@ -132,18 +128,15 @@ class Finder:
         """The best `k` captions of a picture's embedding: (position, cosine)."""
         return ranked(self.texts @ picture, k)
 
-    def share_below(self, best: float) -> float:
-        """The share of unrelated captions whose best score is lower; NaN where none is known."""
-        return float((self.usual < best).mean()) if len(self.usual) else float("nan")
-
     def doubt(self, terms: list[Term], best: float) -> str:
         """Says so when nothing on the shelf fits a text; "" when something may.
 
         A flat threshold would not do: how high scores are depends on model and pictures. Sums and
         pictures are not judged: their scores are not those of a caption.
         """
-        share = self.share_below(best)
-        if len(terms) != 1 or terms[0].file or not share < USUAL:
+        if len(terms) != 1 or terms[0].file or not len(self.usual):
+            return ""
+        if (share := float((self.usual < best).mean())) >= USUAL:
             return ""
         more = min(99, 100 - 100 * share)
         return (
@@ -162,7 +155,7 @@ def words_that_matter(trained: Trained, text: str, picture: np.ndarray) -> list[
     """Each word of a text and by how much the score with a picture falls without it."""
     words = text.split()
     rest = [" ".join(words[:i] + words[i + 1 :]) for i in range(len(words))]
-    scores = trained.embed_texts([text, *(words and rest)]) @ picture
+    scores = trained.embed_texts([text, *rest]) @ picture
     return [(word, float(scores[0] - score)) for word, score in zip(words, scores[1:], strict=True)]
 
 
@@ -175,7 +168,7 @@ def places_that_matter(
     """
 
     def pixels_at(size: int) -> np.ndarray:
-        whole = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+        whole = squashed(picture, size)
         painted = np.repeat(whole[None], side * side + 1, 0)
         edges = np.linspace(0, size, side + 1)
         margin, mean = size / side / 2, whole.mean((0, 1)).astype(np.uint8)

@@ -23,7 +23,7 @@ class Cell(NamedTuple):
 
 
 Texts = list[tuple[str, str]]  # each with its colour
-Row = list["Cell | Texts | None"]  # of a grid: what stands in each of its columns
+Row = list[Cell | Texts | None]  # of a grid: what stands in each of its columns
 
 
 class Column(NamedTuple):

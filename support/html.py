@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from sources.texts import readable
 from support.command import atomic_write
-from support.hits import cosine, top_k
+from support.ranking import cosine, top_k
 from support.topics import topics_of
 
 if TYPE_CHECKING:
@@ -79,11 +80,6 @@ def page_data(
         "images": predictions(images, texts, embedded.i2t, own, k),
         "pictures": [data_uri(picture(i)) for i in bar],
     }
-
-
-def readable(name: str) -> str:
-    """A name as text: bytes that are no characters become signs that say so."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def write_page(

@@ -13,8 +13,9 @@ from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING
 
+from sources.texts import readable
 from support.command import UserError
-from support.desk import LABELS, SIZES, Desk, NoPicture, readable
+from support.desk import LABELS, SIZES, Desk, NoPicture
 
 if TYPE_CHECKING:
     from flask import Flask, Response

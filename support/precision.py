@@ -71,6 +71,15 @@ def machine_of() -> dict[str, str | int | bool]:
     }
 
 
+def machine_in_words() -> str:
+    """`2 cores with bf16 (PROCESSOR)`, or the GPU: what a figure of speed is to be read with."""
+    cores = torch.get_num_threads()
+    kind = f"{cores} core{'s' * (cores > 1)} {'with' if native_bf16() else 'without'} bf16"
+    if torch.cuda.is_available():
+        kind = f"one {torch.cuda.get_device_name()}"
+    return f"{kind} ({machine_of()['processor']})"
+
+
 def name_of(options: Namespace) -> str:
     """The cache's folder for one question: which machine, and which steps on it."""
     flags = ("image_tower", "text_tower", "image_size", "batch_size", "captions_per_image")

@@ -5,7 +5,7 @@ evaluate.py prints the protocol above its table and writes it beside the figures
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,12 +14,17 @@ if TYPE_CHECKING:
     from dataset import CaptionedImages, Pairs
 
 
+def uses_of(pairs: Pairs) -> list[Counter[int]]:
+    """For each text, but for capitals and blanks, how often which images have it."""
+    uses = defaultdict(Counter)
+    for text, image in zip(pairs.text_ids.tolist(), pairs.caption_image.tolist(), strict=True):
+        uses[text][image] += 1
+    return [*uses.values()]
+
+
 def equal_captions(pairs: Pairs) -> int:
     """How many captions other images have as well, but for capitals and blanks."""
-    images_of = defaultdict(set)
-    for text, image in zip(pairs.text_ids.tolist(), pairs.caption_image.tolist(), strict=True):
-        images_of[text].add(image)
-    return sum(len(images_of[text]) > 1 for text in pairs.text_ids.tolist())
+    return sum(images.total() for images in uses_of(pairs) if len(images) > 1)
 
 
 def highest_r1(pairs: Pairs) -> dict[str, float]:
@@ -33,14 +38,10 @@ def highest_r1(pairs: Pairs) -> dict[str, float]:
     for image, digest in enumerate(digests):
         copies[digest or image].append(image)
     alone = {images[0] for images in copies.values() if len(images) == 1}
-    uses = defaultdict(lambda: defaultdict(int))  # text -> image -> how often
-    for text, image in zip(pairs.text_ids.tolist(), pairs.caption_image.tolist(), strict=True):
-        uses[text][image] += 1
-    own = {image for images in uses.values() if len(images) == 1 for image in images}
+    uses = uses_of(pairs)
+    own = {image for images in uses if len(images) == 1 for image in images}
     i2t = sum(any(image in own for image in images) for images in copies.values())
-    t2i = sum(
-        max((n for x, n in images.items() if x in alone), default=0) for images in uses.values()
-    )
+    t2i = sum(max((n for x, n in images.items() if x in alone), default=0) for images in uses)
     return {"i2t": 100 * i2t / len(digests), "t2i": 100 * t2i / len(pairs.captions)}
 
 

@@ -1,10 +1,12 @@
-"""Counts scores against limits: all images x texts, from one float32 product, and yet exact.
+"""Scores of images and texts: which are the best of a query, and how many are below a limit.
 
-evaluate.py ranks with `count_below`.
+visualize.py and search.py show what `find` and `top_k` give. evaluate.py ranks with `count_below`:
+all images x texts, from one float32 product, and yet exact.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -14,6 +16,48 @@ import torch
 
 # Of a score, as a share of its two vectors' lengths: equal vectors differ by less in float64.
 TIE = 1e-12
+
+
+def first_captions(caption_image: np.ndarray) -> np.ndarray:
+    """For each image the position of its first caption."""
+    return np.unique(caption_image, return_index=True)[1]
+
+
+def cosine(queries: np.ndarray, pool: np.ndarray) -> np.ndarray:
+    """Unit-length (Q, D) and (N, D) -> float64 (Q, N)."""
+    return queries.astype(np.float64) @ pool.T.astype(np.float64)
+
+
+class Hit(NamedTuple):
+    """One result: rank from 1, position in the pool, cosine, whether it is the query's own."""
+
+    rank: float
+    position: int
+    score: float
+    true: bool
+
+
+def top_k(scores: np.ndarray, k: int) -> np.ndarray:
+    """The positions of the best of scores (N,), ties by position: a prefix of any longer list."""
+    rounded = np.where(np.isfinite(scores), scores, -np.inf).round(12)  # equal within TIE
+    return np.argsort(-rounded, kind="stable")[:k]
+
+
+def find(
+    query: np.ndarray, pool: np.ndarray, k: int, true: Sequence[int] = (), rank: float = np.nan
+) -> list[Hit]:
+    """The top `k` of `pool` (N, D), best first; then the best `true` one if none is among them."""
+    scores = cosine(query[None], pool)[0]
+    order = top_k(scores, k).tolist()
+    hits = [Hit(place, i, scores[i], i in true) for place, i in enumerate(order, 1)]
+    if len(true) and not any(hit.true for hit in hits):
+        best = true[top_k(scores[list(true)], 1)[0]]
+        hits.append(Hit(rank, best, scores[best], True))
+    return hits
+
+
+# ----------------------------------------------------------------------- counted, and exact
+
 # Products are fastest in larger blocks than comparisons, which want a core's own cache. A sum of
 # bytes (of 250 rows, or of 1360 / 8 columns) holds in a byte.
 ROWS, COLUMNS, COMPARED = 2000, 1360, 250

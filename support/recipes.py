@@ -59,6 +59,12 @@ def read_recipe(name: str) -> Recipe:
     return runs
 
 
+def first_options(parser: Parser, typed: dict[str, Any]) -> Namespace:
+    """The options of the first run of a recipe, `plain` where none is typed. Raises UserError."""
+    (_, words), *_ = read_recipe(typed.get("recipe", "plain"))
+    return resolve(parser, typed, parser.typed(words))
+
+
 def default_recipe(typed: dict[str, Any]) -> str:
     """`assignment`; or `plain`, one run, where its text tower cannot learn from captions first.
 
@@ -172,7 +178,7 @@ def run_recipe(
     ends = last_runs(runs, parser)
     for place, (name, words) in enumerate(runs, 1):
         print(f"run {place} of {len(runs)}: {name}", flush=True)
-        may_change = {*OF_RECIPES, *(["epochs"] if name in ends else [])}
+        may_change = OF_RECIPES | ({"epochs"} if name in ends else set())
         now = {flag: x for flag, x in typed.items() if flag in may_change}
         flags, earlier, folder = {**parser.typed(words), **now}, None, folder_of(name, ends, out)
         if flags.get("init") in dict(runs):

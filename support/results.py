@@ -68,7 +68,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[str | 
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a table that `write_csv` wrote. Raises UserError."""
+    """The rows of a CSV file by its heads. Raises UserError."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             return list(csv.DictReader(file))

@@ -37,9 +37,8 @@ def write_history(
             writer.writerows(history)
 
     def draw(path: Path) -> None:
-        later("support.figures", "draw_curves")(
-            history, path, footer, later("support.origin", "run_name")(out), images, batch
-        )
+        name = later("support.origin", "run_name")(out)
+        later("support.figures", "draw_curves")(path, history, footer, name, images, batch)
 
     for path, write in ((out / "history.csv", write_table), (out / "curves.png", draw)):
         try:
@@ -94,10 +93,9 @@ def is_finished(history: list[dict[str, float]], options: Namespace) -> bool:
 
 def read_data(options: Namespace, earlier: dict[str, Any] | None) -> CaptionedImages:
     """The data of a run, and a line about it. Raises UserError when it has changed since."""
-    size = image_transform(options)["stored_size"]
-    place = options.splits, size, options.cache, options.workers, options.titles
+    size, cache, workers = image_transform(options)["stored_size"], options.cache, options.workers
     try:
-        dataset = load_dataset(options.data, *place)
+        dataset = load_dataset(options.data, options.splits, size, cache, workers, options.titles)
     except UserError as error:
         if not earlier or Path(options.data).exists():
             raise

@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 
 from support.cases import sample_pairs
 from support.figures import HATCHES, PALETTE, canvas, legend_above, wrapped
-from support.hits import cosine
+from support.ranking import cosine
 
 if TYPE_CHECKING:
     from evaluate import Embedded

@@ -1,9 +1,10 @@
-"""Ctrl-C, SIGTERM and a closed terminal end a script at any moment: one line, no process left.
+"""What ends a script, in one line and with no process left, and what must not: a lost stream.
 
-support/python.py calls `listen` before anything else is imported. From `raising` on (support/
-command.py) a signal raises KeyboardInterrupt, so that half-written files are tidied away; a thread
-ends the process all the same when that takes long, as inside a step of torch, which nothing else
-can interrupt.
+Ctrl-C, SIGTERM and a closed terminal end it at any moment: support/python.py calls `listen` before
+anything else is imported. From `raising` on (support/command.py) a signal raises KeyboardInterrupt,
+so that half-written files are tidied away; a thread ends the process all the same when that takes
+long, as inside a step of torch, which nothing else can interrupt. A stdout that is closed, a full
+disk, a terminal that is gone, or one that lacks a letter, ends nothing (`open_up`).
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 GRACE = 1.5  # seconds between a signal and the end, for what has to be tidied
 SIGNALS = [
@@ -162,3 +163,51 @@ def quiet_hook(hook: Callable[[Any], None]) -> Callable[[Any], None]:
             hook(unraisable)
 
     return ignore
+
+
+# ------------------------------------------------------------------------- what is printed
+
+
+class Lasting:
+    """A stream that is laid aside, in one line, when it can no longer be written to.
+
+    A pipe that nobody reads any more (`| head`) still raises BrokenPipeError on stdout.
+    """
+
+    def __init__(self, stream: TextIO, name: str):
+        self.stream, self.name = stream, name
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError as error:
+            self.lay_aside(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self.lay_aside(error)
+
+    def lay_aside(self, error: OSError) -> None:
+        """What is printed from here on goes nowhere, and so does what waits to be written."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        if self.name == "stdout":
+            if isinstance(error, BrokenPipeError):
+                raise error
+            problem = f"cannot write to stdout: {error.strerror or error}"
+            print(f"warning: {problem}; it is left out", file=sys.stderr)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def open_up() -> None:
+    """Makes stdout and stderr last. A letter that a console lacks is escaped."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, which `fill_closed` has filled
+            stream = open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        setattr(sys, name, Lasting(stream, name))

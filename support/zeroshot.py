@@ -21,6 +21,7 @@ from sources.texts import clean_text
 from support.command import UserError, warn
 from support.embedding import Trained
 from support.figures import canvas, wrapped
+from support.ranking import TIE
 
 BLOCK = 100  # pictures that are held decoded at once
 
@@ -54,7 +55,8 @@ def embed_pictures(
     UserError when none can be read.
     """
     sizes = sorted({member.transform["stored_size"] for member in trained.members})
-    decoded = zip(paths, *(decode_all(paths, size, workers) for size in sizes), strict=True)
+    by_size = [decode_all(paths, size, workers) for size in sizes]
+    decoded = zip(paths, *by_size, strict=True)
     parts, kept, failed = [], [], []
     while block := list(islice(decoded, BLOCK)):
         rows = []
@@ -77,7 +79,6 @@ def embed_pictures(
 
 
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "a {}.", "there is a {} in the picture.")
-TIE = 1e-12  # scores that differ by less are equal, and a tie is lost: as in evaluate.py
 
 
 class ZeroShot(NamedTuple):

@@ -105,13 +105,6 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize("kind", TABLES)
-@pytest.mark.parametrize("code", ["utf-8-sig", "utf-16"])
-def test_table(folder, kind, code):
-    write(folder, TABLES[kind].replace("\n", "\r\n"), "captions.csv", code)
-    assert read(folder) == EXPECTED
-
-
 LISTS = {
     "five columns": ("image,caption_0,caption_1\n", "{name},{quoted},{number} dogs"),
     "with another between": ("image,caption1,id,caption2\n", "{name},{quoted},9,{number} dogs"),
@@ -249,16 +242,21 @@ JSON = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", JSON)
-@pytest.mark.parametrize("name", ["captions.json", "annotations/mine.json"])
-def test_json(folder, kind, name):
-    write(folder, json.dumps(JSON[kind], ensure_ascii=False), name)
-    assert read(folder) == EXPECTED
+FILES = {  # content, name, encoding
+    f"{kind}, {code}": (text.replace("\n", "\r\n"), "captions.csv", code)
+    for kind, text in TABLES.items()
+    for code in ("utf-8-sig", "utf-16")
+}
+for name in ("captions.json", "annotations/mine.json"):
+    for kind, content in JSON.items():
+        FILES[f"{kind}, {name}"] = json.dumps(content, ensure_ascii=False), name, "utf-8"
+for name in ("captions.jsonl", "mine.jsonl", "captions.json"):
+    FILES[f"a line each, {name}"] = "".join(f"{json.dumps(x)}\n" for x in ENTRIES), name, "utf-8"
 
 
-@pytest.mark.parametrize("name", ["captions.jsonl", "mine.jsonl", "captions.json"])
-def test_json_lines(folder, name):
-    write(folder, "".join(json.dumps(entry) + "\n" for entry in ENTRIES), name)
+@pytest.mark.parametrize("file", FILES.values(), ids=FILES)
+def test_captions_of_all_pictures(folder, file):
+    write(folder, *file)
     assert read(folder) == EXPECTED
 
 

@@ -11,13 +11,14 @@ from report import changes, single
 from support.checkpoint import load_checkpoint
 from support.command import UserError
 from support.recipes import read_recipe
+from support.results import read_csv
 from train import build_parser
 
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch) -> Path:
     """A runs.csv without rows, that report/changes.py writes to."""
-    heads, _ = changes.heads_and_rows()
+    heads = read_csv(changes.RUNS)[0]
     path = tmp_path / "runs.csv"
     path.write_text(",".join(heads) + "\n")
     monkeypatch.setattr(changes, "RUNS", path)

@@ -252,7 +252,7 @@ def test_a_test_film_that_was_trained_on_is_not_held_out(films, load):
     # By its content; the name of another film's poster may be the same.
     seen = {"names": [data.names[tests[2]]], "digests": [data.digests[i] for i in tests[:2]]}
     trained = SimpleNamespace(contents=[{"train_images": seen}])
-    pool, labels = report.all_films(trained, data, evaluate)
+    pool, labels = report.all_films(trained, data)
     rows = pool.pairs("film").rows
     assert rows.tolist() == list(range(40))
     assert rows[labels == "test"].tolist() == tests[2:].tolist()
@@ -264,7 +264,7 @@ def test_a_film_counts_once_with_its_first_introduction(films, load):
     rewrite(films, lambda rows: [*rows, ["12", rows[2][1], "Another introduction.", ""]])
     data = load(films)
     trained = SimpleNamespace(contents=[{"train_images": {"names": [], "digests": []}}])
-    pairs = report.all_films(trained, data, evaluate)[0].pairs("film")
+    pairs = report.all_films(trained, data)[0].pairs("film")
     row = data.names.index("12.jpg")
     assert len(data.captions) == 41 and len(pairs) == len(pairs.rows) == 40
     assert pairs.captions[pairs.rows.tolist().index(row)] == film(2)[2]

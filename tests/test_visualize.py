@@ -22,8 +22,8 @@ from sources.texts import clean_text
 from support import cases, figures, grid, similarity, thumbnails
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command import UserError
-from support.hits import top_k
 from support.origin import run_name
+from support.ranking import top_k
 from support.topics import Topics, topics
 
 COUNT = 24
@@ -314,7 +314,7 @@ def test_curves(tmp_path, monkeypatch, epochs):
         {"epoch": i + 1, **{key: 10.0 * place + i % 3 for place, key in enumerate(keys)}}
         for i in range(epochs)
     ]
-    figures.draw_curves(history, tmp_path / "curves.png")
+    figures.draw_curves(tmp_path / "curves.png", history, "", "", images=0, batch=1)
     assert Image.open(tmp_path / "curves.png").size[0] > 800
     lines = [line for axes in drawn[0].axes for line in axes.get_lines()]
     curves = [line for line in lines if line.get_label() != "best epoch"]
@@ -329,7 +329,7 @@ def test_curves(tmp_path, monkeypatch, epochs):
 def test_curves_mark_chance_and_keep_legends_off_the_lines(tmp_path, monkeypatch):
     kept = drawn_by(monkeypatch)
     history = [{"epoch": i + 1, **RECORD} for i in range(3)]
-    figures.draw_curves(history, tmp_path / "curves.png", "", "run", images=200, batch=64)
+    figures.draw_curves(tmp_path / "curves.png", history, "", "run", images=200, batch=64)
     chances = []
     for axes in kept[0].axes:
         (chance,) = [line for line in axes.get_lines() if line.get_label().startswith("chance")]

@@ -27,10 +27,8 @@ def pair_captions(
 ) -> tuple[CLIP, dict[str, Pairs]]:
     """The text tower twice, and pairs of captions. Raises UserError where images have only one."""
     model.image_tower.requires_grad_(False)
-    heads = model.text_projection, model.text_projection
-    learner = CLIP(model.text_tower, model.text_tower, heads[0], heads[1], model.logit_scale)
-    learner.tokenizer, learner.transform = model.tokenizer, model.transform
-    learner.autocast = model.autocast
+    learner = model.above(model.text_tower, model.text_tower)
+    learner.image_projection = model.text_projection
     kept = {}
     for name, split in pairs.items():
         several = np.flatnonzero(np.bincount(split.caption_image) > 1)

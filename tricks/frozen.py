@@ -58,8 +58,7 @@ def keep_features(
             texts = TextFeatures(text_features(model, texts.tokens, options, name))
         kept[name] = split.with_sides(images, texts)
     text_tower = nn.Identity() if text_frozen else model.text_tower
-    above = model.above(model.image_tower[below:], text_tower)
-    return above, kept
+    return model.above(model.image_tower[below:], text_tower), kept
 
 
 def first_that_learns(tower: nn.Sequential) -> int:
