@@ -171,6 +171,11 @@ def output(text: str) -> Path:
     return path
 
 
+def output_folder(text: str) -> Path:
+    """The same for a folder of files to write."""
+    return output(str(Path(text, "file"))).parent
+
+
 def beside(path: Path) -> Path:
     """A name for what is to become `path`."""
     return path.parent / f".{path.stem}-{secrets.token_hex(4)}{path.suffix}"

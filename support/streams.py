@@ -3,9 +3,24 @@
 stdout may be closed, a full disk, a terminal that is gone, or one that lacks a letter.
 """
 
+import codecs
 import os
 import sys
 from typing import Any, TextIO
+
+NAMES = "names"  # of files: their bytes where they are no text, escapes for what a console lacks
+
+
+def name_or_escape(error: UnicodeEncodeError) -> tuple[str | bytes, int]:
+    """The error handler NAMES: one letter as its byte, or else as its escape."""
+    one = type(error)(error.encoding, error.object, error.start, error.start + 1, error.reason)
+    try:
+        return codecs.lookup_error("surrogateescape")(one)
+    except UnicodeEncodeError:
+        return codecs.backslashreplace_errors(one)
+
+
+codecs.register_error(NAMES, name_or_escape)
 
 
 class Lasting:

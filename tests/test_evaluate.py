@@ -40,6 +40,7 @@ from sources.augment import resize
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command import UserError
 from support.embedding import Trained, load_trained, trained_on
+from support.results import save_embeddings
 
 WAYS = ("i2t", "t2i")
 

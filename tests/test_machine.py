@@ -109,8 +109,8 @@ def test_where_nothing_can_be_written_no_work_is_done(photo_data: Path, tmp_path
     words = start(photo_data, "/proc/run", tmp_path / "cache")
     with pytest.raises(UserError, match=r"cannot write --out /proc/run: "):
         run_train(*words)
-    for flag in ("--json", "--save-embeddings", "--distance-matrix"):
-        with pytest.raises(UserError, match=r"cannot write /proc/x: "):
+    for flag in ("--json", "--save-embeddings", "--distance-matrix", "--predictions", "--analysis"):
+        with pytest.raises(UserError, match=r"cannot write /proc/x(/file)?: "):
             evaluate.main(["nowhere.pt", flag, "/proc/x"])
     assert capsys.readouterr().out == "" and not (tmp_path / "cache").exists()
 
@@ -423,6 +423,20 @@ def test_a_damaged_cache_is_built_anew(photo_data: Path, tmp_path: Path, capsys,
     assert said.count("\n") == 1 and f"the cache {folder} is damaged" in said and "anew" in said
     load_dataset(photo_data, size=32, cache=tmp_path, workers=0)
     assert capsys.readouterr().err == ""
+
+
+def test_a_cache_that_memory_does_not_suffice_for_stays(photo_data, tmp_path, monkeypatch, capsys):
+    load_dataset(photo_data, size=32, cache=tmp_path, workers=0)
+    (folder,) = tmp_path.iterdir()
+    before = (folder / "pixels.npy").stat().st_ino
+
+    def too_small(folder: Path, name: str) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(pictures, "read_array", too_small)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        load_dataset(photo_data, size=32, cache=tmp_path, workers=0)
+    assert (folder / "pixels.npy").stat().st_ino == before and capsys.readouterr().err == ""
 
 
 def test_damaged_features_are_computed_anew(photo_data: Path, tmp_path: Path, capsys):
