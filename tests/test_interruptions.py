@@ -148,6 +148,24 @@ run(main)
     assert stopped_in(code, signal.SIGTERM) == "x.py: stopped\n"
 
 
+def test_nothing_is_torn_down_after_the_end():
+    """Python does so without its handlers: a signal would end it without a line."""
+    code = """
+import atexit, time
+class Slow:
+    def __del__(self):
+        print("torn down")
+        time.sleep(30)
+slow = Slow()
+def main(argv):
+    atexit.register(print, "tidied")
+    print("here", end="")
+run(main)
+"""
+    process = begin(code=RUN + code)
+    assert process.communicate(timeout=20) == ("heretidied\n", "") and process.returncode == 0
+
+
 def test_a_hangup_that_is_ignored_stays_so():
     """`nohup python train.py`"""
     code = "import signal, time; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + RUN
