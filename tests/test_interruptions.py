@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, start, write_kaggle
 from PIL import Image
 
+from support import workers
 from support.command import UserError
 from support.workers import in_processes
 
@@ -234,6 +235,16 @@ def test_workers_keep_order_and_are_never_far_ahead():
     assert len(taken) <= 4 * 5
     assert list(results) == [2 * number for number in range(1, 200)]
     assert list(in_processes(twice, [], 2, 4)) == []
+
+
+def test_windows_waits_for_61_processes_at_most(monkeypatch):
+    def refused(count: int, *more: object) -> None:
+        raise ValueError(f"{count} workers")
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", refused)
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(ValueError, match="^61 workers"):
+        next(in_processes(twice, range(3), 128, 1))
 
 
 def test_a_worker_that_is_killed_is_said():

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -397,6 +398,16 @@ def test_a_machine_too_small_ends_in_a_line(tmp_path: Path):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "out of memory" in done.stderr
+
+
+def test_a_large_data_set_is_read_split_and_cached_in_bounded_memory(tmp_path: Path):
+    """4 GB for COCO's 118,000 pictures and 590,000 captions are 34 KB a picture."""
+    data, count = write_kaggle(tmp_path / "data", 600), 600
+    tracemalloc.start()
+    found = load_dataset(data, size=256, cache=tmp_path / "cache", workers=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found.captions) == 5 * count and peak < 34_000 * count
 
 
 # --------------------------------------------------------------------------------------- caches
