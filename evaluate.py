@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from dataset import CaptionedImages, Pairs, add_data_flags, load_dataset
+from dataset import CaptionedImages, Pairs, add_data_flags
 from loss import info_nce
 from models import CLIP
-from support.command import Parser, UserError, later, output, run, say_unused, warn
+from support.command import Parser, UserError, later, output, output_folder, run, say_unused, warn
 from support.device import keep_memory
 from support.embedding import Trained, embed_pairs, load_trained, side_by_side, trained_on
 from support.ranking import TIE, count_below, exact_scores, first_captions, lengths_of
@@ -156,6 +156,7 @@ def contrastive_loss(embedded: Embedded, scale: float, batch_size: int) -> float
 
 # ------------------------------------------------------------------------------ the script
 
+LOAD_RUN_DATA = later("support.own_split", "load_run_data")
 # What else is reported of a kind of data, and the features (kept, with words) it is measured on.
 REPORTS = {"posters": later("posters.report", "evaluate_films")}
 FEATURES = later("posters.words", "features_for_evaluation")
@@ -165,28 +166,9 @@ ANALYSIS = later("report.analysis", "analyse")
 
 
 def load_data_for(trained: Trained, options: Namespace) -> tuple[CaptionedImages, Pairs]:
-    """The data that the flags name, or what the checkpoint was trained on, and its --split.
-
-    Without --splits the split is the run's own, wherever its images lie now. Prints what was
-    loaded, and where it is not the run's. Raises UserError.
-    """
-    from support.own_split import as_in_run, strangeness
-
-    config, data = trained.options, options.data
-    splits = options.splits or ("auto" if data else config.splits)
-    first = trained.members[0]
-    where = splits, first.transform["stored_size"], options.cache, options.workers, config.titles
-    try:
-        dataset = load_dataset(data or config.data, *where)
-    except UserError as error:
-        hint = "" if data else " (the data that it was trained on; --data PATH names another place)"
-        raise UserError(f"{error}{hint}") from error
-    if options.splits is None:
-        dataset = as_in_run(dataset, trained.content)
-    print(dataset.summary())
-    if sentence := strangeness(dataset, trained):
-        print(sentence)
-    return dataset, dataset.pairs(options.split, first.tokenizer)
+    """The data that the flags name, or what the checkpoint was trained on, and its --split."""
+    dataset = LOAD_RUN_DATA(trained, options)
+    return dataset, dataset.pairs(options.split, trained.members[0].tokenizer)
 
 
 def evaluate_trained(
@@ -280,10 +262,12 @@ def main(argv: list[str]) -> None:
     add_model_flags(parser)
     flag = parser.add_argument_group("what to write").add_argument
     flag("--json", type=output, metavar="FILE", help="the figures and the protocol")
-    flag("--save-embeddings", type=output, metavar="FILE.npz", help="plain arrays, without pickle")
+    text = "plain arrays, without pickle; the captions as JSON"
+    flag("--save-embeddings", type=output, metavar="FILE.npz", help=text)
     text = "what each caption and image finds (columns: report/predictions.py)"
     flag("--predictions", type=output, metavar="FILE.csv", help=text)
-    flag("--analysis", type=Path, metavar="DIR", help="what it is good and bad at: CSVs, a table")
+    text = "what it is good and bad at: CSVs, a table"
+    flag("--analysis", type=output_folder, metavar="DIR", help=text)
     text = "D (N x N), float32: minus the cosine; rows are pictures by name, columns their texts"
     flag("--distance-matrix", type=output, metavar="FILE.npy", help=text)
     options = parser.parse_args(argv)

@@ -23,11 +23,13 @@ from models import CLIP
 from sources.layouts import read_folder
 from sources.opening import open_picture
 from support import index
-from support.command import Parser, UserError, later, number, run, warn
+from support.command import Parser, UserError, later, number, run, say_unused, warn
 from support.device import keep_memory
 from support.embedding import Trained, load_trained, trained_on
 from support.finder import Finder, Shelf, terms_of
+from support.own_split import load_run_data
 from support.remarks import check_queries
+from support.stopping import NAMES
 from support.zeroshot import find_pictures
 
 SAMPLE = 500  # unrelated captions, by whose best scores a query's best is judged
@@ -131,12 +133,7 @@ def build_finders(trained: list[Trained], options: Namespace) -> tuple[Shelf, li
     if options.images:
         shelf = folder_shelf(models, drawn(unrelated, LOOSE), options)
     else:
-        first, config = together.members[0], together.options
-        splits = options.splits or ("auto" if options.data else config.splits)
-        where = splits, first.transform["stored_size"], options.cache, options.workers
-        dataset = load_dataset(options.data or config.data, *where, config.titles)
-        print(dataset.summary())
-        shelf = dataset_shelf(models, dataset, together, options)
+        shelf = dataset_shelf(models, load_run_data(together, options), together, options)
     if not options.query:  # the page shows captions too
         of_what = "loose" if options.images else f"{index.digest(shelf.title)[:12]}"
         texts = index.text_embeddings(models, shelf.captions, f"captions-{of_what}", options)
@@ -208,15 +205,18 @@ def main(argv: list[str]) -> None:
     flag = parser.add_argument_group("as a page, without --query").add_argument
     flag("--port", type=number(int, 0, 65535), default=8017, help="on 127.0.0.1; 0: any free one")
     options = parser.parse_args(argv)
-    if options.images and (options.data or options.split != "all"):
-        raise UserError("--images takes the place of --data and --split; leave one out")
+    if options.images and (options.data or options.splits or options.split != "all"):
+        raise UserError("--images takes the place of --data, --splits and --split; leave one out")
     if options.paths and not options.query:
         raise UserError('--paths needs a --query, such as --query "a dog in snow"')
-    if not options.query:
+    if options.query:
+        say_unused(parser.typed(argv), ["port"], "the terminal answers")
+    else:
+        say_unused(parser.typed(argv), ["top_k"], "a page answers")
         later("support.page", "require_flask")()
     results = sys.stdout
     if hasattr(results, "reconfigure"):  # a file's name can be any bytes
-        results.reconfigure(errors="surrogateescape")
+        results.reconfigure(errors=NAMES)
     with contextlib.redirect_stdout(sys.stderr if options.query else results):
         paths = [[path] for path in options.checkpoint] or [[]]
         trained = [load_trained(path, options.device) for path in paths]

@@ -313,7 +313,10 @@ def main(argv: list[str]) -> None:
     flag("--analysis", action="append", type=Path, metavar="DIR", help=text)
     flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of all that is drawn by lot")
     options = parser.parse_args(argv)
+    typed = parser.typed(argv)
     if options.analysis:
+        others = [flag for flag in typed if flag not in ("analysis", "out")]
+        say_unused(typed, others, "--analysis draws what is written")
         return draw_analysis(options.analysis, options.out)
     if options.images and not options.query:
         raise UserError('--images needs a text to search for, such as --query "a dog in snow"')
@@ -326,8 +329,11 @@ def main(argv: list[str]) -> None:
     if options.occlusion and (options.query or options.html or options.zero_shot):
         raise UserError("--occlusion goes with the figures of a split; leave the other flag out")
     if options.zero_shot or options.images:
-        unused = "a folder of its own is read"
-        say_unused(parser.typed(argv), ("data", "splits", "split"), unused)
+        say_unused(typed, ("data", "splits", "split"), "a folder of its own is read")
+    idle = {"queries"} if options.query or options.zero_shot or options.html else set()
+    idle |= {"seed"} if options.query or options.zero_shot else set()
+    idle |= {"top_k"} if options.zero_shot else set()
+    say_unused(typed, sorted(idle), "they are of the grids of a split")
     trained = load_trained(options.checkpoint, options.device)
     options.out = options.out or trained.path.parent / "figures"
     output(str(options.out / "figure.png"))  # can it be written? before the work

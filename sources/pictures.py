@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from sources.opening import open_picture
-from support.command import UserError, warn
+from support.command import UserError, out_of_memory, warn
 from support.stopping import undone
 from support.workers import in_processes
 
@@ -101,6 +101,8 @@ def cached(
     try:
         return read(folder)
     except DAMAGED as error:
+        if out_of_memory(error):  # the cache is whole, and stays
+            raise
         reason = " ".join(str(error).split())[:80] or type(error).__name__
         warn(f"the cache {folder} is damaged ({reason}); it is built anew")
     shutil.rmtree(folder, ignore_errors=True)

@@ -5,6 +5,7 @@ which turns a `UserError` into one line on stderr and exit code 2; a bug keeps i
 """
 
 import argparse
+import atexit
 import contextlib
 import errno
 import glob
@@ -40,6 +41,9 @@ class Parser(argparse.ArgumentParser):
             silent = default in (None, argparse.SUPPRESS, []) or default is False
             if action.option_strings and not silent and "%(default)s" not in text:
                 action.help = f"{text} (default: %(default)s)".strip()
+            choices = ", ".join(action.choices or ())
+            if len(choices) > 40 and not action.metavar:  # argparse breaks no list in braces
+                action.metavar, action.help = "NAME", f"{choices}; {action.help}"
         return super().format_help()
 
     def error(self, message: str) -> None:
@@ -171,6 +175,11 @@ def output(text: str) -> Path:
     return path
 
 
+def output_folder(text: str) -> Path:
+    """The same for a folder of files to write."""
+    return output(str(Path(text, "file"))).parent
+
+
 def beside(path: Path) -> Path:
     """A name for what is to become `path`."""
     return path.parent / f".{path.stem}-{secrets.token_hex(4)}{path.suffix}"
@@ -230,9 +239,10 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except KeyboardInterrupt as error:
         stopping.say()
         code = stopping.code_of(error)
-    if stopping.state["stopping"]:
-        stopping.end(code or 0)
-    sys.exit(code)
+    if not stopping.state["stopping"]:
+        atexit._run_exitfuncs()
+    # Not by sys.exit: while Python tears itself down a signal ends it without a line.
+    stopping.end(code or 0)
 
 
 def ended(main: Callable[[list[str]], int | None]) -> int | None:
@@ -249,6 +259,6 @@ def ended(main: Callable[[list[str]], int | None]) -> int | None:
     except (MemoryError, RuntimeError, OSError) as error:
         if not out_of_memory(error):
             raise
-        advice = "close other programs, or give a smaller --image-size or fewer --workers"
+        advice = "close other programs, or give fewer --workers, on a GPU --device cpu"
         print(f"{script}: error: out of memory; {advice}", file=sys.stderr)
     return 2

@@ -1,18 +1,44 @@
 """The split that a run was trained with, found again by content wherever its data has moved.
 
-evaluate.py and visualize.py measure on it, and say where the data is not the run's.
+evaluate.py, visualize.py and search.py take it, and say where the data is not the run's.
 """
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from dataset import CaptionedImages
-    from support.embedding import Trained
+from dataset import CaptionedImages, load_dataset
+from support.command import UserError
+from support.embedding import Trained
+
+
+def load_run_data(trained: Trained, options: Namespace) -> CaptionedImages:
+    """The data that the flags name, or what the (first) checkpoint was trained on.
+
+    Without --splits the split is the run's own, wherever its images lie now. Prints what was
+    loaded, and where it is not the run's. Raises UserError.
+    """
+    config, data = trained.options, options.data or trained.options.data
+    splits = options.splits or ("auto" if options.data else config.splits)
+    size = trained.members[0].transform["stored_size"]
+    try:
+        dataset = load_dataset(data, splits, size, options.cache, options.workers, config.titles)
+    except UserError as error:
+        if options.data or Path(data).exists():
+            raise
+        hint = "the data that it was trained on; --data PATH names another place"
+        raise UserError(f"{error} ({hint})") from error
+    if options.splits is None:
+        dataset = as_in_run(dataset, trained.content)
+    print(dataset.summary())
+    if sentence := strangeness(dataset, trained):
+        print(sentence)
+    return dataset
 
 
 def held_out(content: dict[str, Any]) -> dict[str, str]:

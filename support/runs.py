@@ -16,7 +16,7 @@ from typing import Any
 from dataset import CaptionedImages, Tokenizer, image_transform, load_dataset
 from models import CLIP, TEXT_TOWERS, build_model, model_from_checkpoint
 from support.checkpoint import best_epoch, dev_size, fill_from, load_checkpoint
-from support.command import UserError, atomic_write, later, out_of_memory, warn
+from support.command import UserError, atomic_write, later, out_of_memory, say_unused, warn
 from support.options import checkpoint_in
 
 # ---------------------------------------------------------------------------- a run's folder
@@ -140,4 +140,7 @@ def model_of(options: Namespace, dataset: CaptionedImages, earlier: dict[str, An
     model = build_model(options, tokenizer, pretrained=not (same_image and same_text))
     if init:
         fill_from(model, init, options.init)
+        brought = ("temperature", "min_count") if same_text else ("temperature",)
+        typed = {x for x in brought if getattr(options, x) != before.get(x, getattr(options, x))}
+        say_unused(typed, brought, "--init brings its own")
     return model

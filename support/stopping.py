@@ -7,6 +7,7 @@ long, as inside a step of torch, which nothing else can interrupt. A stdout that
 disk, a terminal that is gone, or one that lacks a letter, ends nothing (`open_up`).
 """
 
+import codecs
 import contextlib
 import os
 import signal
@@ -166,6 +167,21 @@ def quiet_hook(hook: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 # ------------------------------------------------------------------------- what is printed
+
+
+NAMES = "names"  # of files: their bytes where they are no text, escapes for what a console lacks
+
+
+def name_or_escape(error: UnicodeEncodeError) -> tuple[str | bytes, int]:
+    """The error handler NAMES: one letter as its byte, or else as its escape."""
+    one = type(error)(error.encoding, error.object, error.start, error.start + 1, error.reason)
+    try:
+        return codecs.lookup_error("surrogateescape")(one)
+    except UnicodeEncodeError:
+        return codecs.backslashreplace_errors(one)
+
+
+codecs.register_error(NAMES, name_or_escape)
 
 
 class Lasting:

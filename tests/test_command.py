@@ -113,10 +113,13 @@ def test_whole_numbers_outside_are_refused(text):
     ],
     ids=SCRIPTS,
 )
-def test_help_names_flags_and_defaults(script, defaults, capsys):
+def test_help_names_flags_and_defaults(script, defaults, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as left:
         script.main(["--help"])
-    page = " ".join(capsys.readouterr().out.split())
+    page = capsys.readouterr().out
+    assert max(map(len, page.splitlines())) <= 80
+    page = " ".join(page.split())
     assert left.value.code == 0
     assert "--cache" in page and f"(default: {os.cpu_count()})" in page
     assert "SUPPRESS" not in page and "None" not in page and "False" not in page

@@ -40,6 +40,7 @@ from sources.augment import resize
 from support.checkpoint import load_checkpoint, save_checkpoint
 from support.command import UserError
 from support.embedding import Trained, load_trained, trained_on
+from support.results import save_embeddings
 
 WAYS = ("i2t", "t2i")
 
@@ -370,7 +371,8 @@ def assert_embeddings_of(saved: dict[str, np.ndarray], images: int, width: int) 
     for key in ("image_embeddings", "text_embeddings"):
         assert saved[key].dtype == np.float32
         np.testing.assert_allclose(np.linalg.norm(saved[key], axis=1), 1, atol=1e-5)
-    written = zip(saved["image_names"][owner].tolist(), saved["captions"].tolist(), strict=True)
+    captions = json.loads(saved["captions"].item())
+    written = zip(saved["image_names"][owner].tolist(), captions, strict=True)
     chosen = set(saved["image_names"].tolist())
     assert sorted(written) == sorted(pair for pair in pairs(40) if pair[0] in chosen)
 
@@ -409,6 +411,15 @@ def test_figures_are_those_of_the_embeddings(run, tiny_run, tmp_path, capsys, sp
             assert f"{expected[f'{way}_{key}']:.1f}" in row
     assert f"mean recall {expected['mean_recall']:5.1f}" in out
     assert "R@10" in out and "protocol:" in out
+
+
+def test_a_long_caption_does_not_widen_the_others(tmp_path):
+    texts = [*["a dog", "猫 \ud83d"] * 450, "word " * 20_000]
+    pairs = SimpleNamespace(captions=texts, rows=[0], caption_image=np.zeros(901, int))
+    embedded = SimpleNamespace(pairs=pairs, image_embeddings=np.eye(1), text_embeddings=np.eye(1))
+    save_embeddings(tmp_path / "e.npz", embedded, SimpleNamespace(names=["x"]))
+    assert json.loads(read_npz(tmp_path / "e.npz")["captions"].item()) == texts
+    assert (tmp_path / "e.npz").stat().st_size < 10 * sum(map(len, texts))
 
 
 def test_evaluation_gives_the_same_figures_again(run, tiny_run, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, start, write_kaggle
 from PIL import Image
 
+from support import workers
 from support.command import UserError
 from support.workers import in_processes
 
@@ -148,6 +149,24 @@ run(main)
     assert stopped_in(code, signal.SIGTERM) == "x.py: stopped\n"
 
 
+def test_nothing_is_torn_down_after_the_end():
+    """Python does so without its handlers: a signal would end it without a line."""
+    code = """
+import atexit, time
+class Slow:
+    def __del__(self):
+        print("torn down")
+        time.sleep(30)
+slow = Slow()
+def main(argv):
+    atexit.register(print, "tidied")
+    print("here", end="")
+run(main)
+"""
+    process = begin(code=RUN + code)
+    assert process.communicate(timeout=20) == ("heretidied\n", "") and process.returncode == 0
+
+
 def test_a_hangup_that_is_ignored_stays_so():
     """`nohup python train.py`"""
     code = "import signal, time; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + RUN
@@ -216,6 +235,16 @@ def test_workers_keep_order_and_are_never_far_ahead():
     assert len(taken) <= 4 * 5
     assert list(results) == [2 * number for number in range(1, 200)]
     assert list(in_processes(twice, [], 2, 4)) == []
+
+
+def test_windows_waits_for_61_processes_at_most(monkeypatch):
+    def refused(count: int, *more: object) -> None:
+        raise ValueError(f"{count} workers")
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", refused)
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(ValueError, match="61 workers"):
+        next(in_processes(twice, range(3), 128, 1))
 
 
 def test_a_worker_that_is_killed_is_said():

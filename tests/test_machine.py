@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,8 +110,8 @@ def test_where_nothing_can_be_written_no_work_is_done(photo_data: Path, tmp_path
     words = start(photo_data, "/proc/run", tmp_path / "cache")
     with pytest.raises(UserError, match=r"cannot write --out /proc/run: "):
         run_train(*words)
-    for flag in ("--json", "--save-embeddings", "--distance-matrix"):
-        with pytest.raises(UserError, match=r"cannot write /proc/x: "):
+    for flag in ("--json", "--save-embeddings", "--distance-matrix", "--predictions", "--analysis"):
+        with pytest.raises(UserError, match=r"cannot write /proc/x(/file)?: "):
             evaluate.main(["nowhere.pt", flag, "/proc/x"])
     assert capsys.readouterr().out == "" and not (tmp_path / "cache").exists()
 
@@ -399,6 +400,16 @@ def test_a_machine_too_small_ends_in_a_line(tmp_path: Path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "out of memory" in done.stderr
 
 
+def test_a_large_data_set_is_read_split_and_cached_in_bounded_memory(tmp_path: Path):
+    """4 GB for COCO's 118,000 pictures and 590,000 captions are 34 KB a picture."""
+    data, count = write_kaggle(tmp_path / "data", 600), 600
+    tracemalloc.start()
+    found = load_dataset(data, size=256, cache=tmp_path / "cache", workers=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found.captions) == 5 * count and peak < 34_000 * count
+
+
 # --------------------------------------------------------------------------------------- caches
 
 
@@ -423,6 +434,20 @@ def test_a_damaged_cache_is_built_anew(photo_data: Path, tmp_path: Path, capsys,
     assert said.count("\n") == 1 and f"the cache {folder} is damaged" in said and "anew" in said
     load_dataset(photo_data, size=32, cache=tmp_path, workers=0)
     assert capsys.readouterr().err == ""
+
+
+def test_a_cache_that_memory_does_not_suffice_for_stays(photo_data, tmp_path, monkeypatch, capsys):
+    load_dataset(photo_data, size=32, cache=tmp_path, workers=0)
+    (folder,) = tmp_path.iterdir()
+    before = (folder / "pixels.npy").stat().st_ino
+
+    def too_small(folder: Path, name: str) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(pictures, "read_array", too_small)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        load_dataset(photo_data, size=32, cache=tmp_path, workers=0)
+    assert (folder / "pixels.npy").stat().st_ino == before and capsys.readouterr().err == ""
 
 
 def test_damaged_features_are_computed_anew(photo_data: Path, tmp_path: Path, capsys):

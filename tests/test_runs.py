@@ -341,6 +341,15 @@ def test_init_from_a_run_with_other_heads(tiny_run, photo_data, tmp_path, capsys
             torch.testing.assert_close(content["model"][name], weight, rtol=0, atol=1e-9)
 
 
+def test_flags_that_init_overrules_are_said(tiny_run, photo_data, tmp_path, capsys):
+    from_run(tiny_run, photo_data, tmp_path)
+    assert "no effect" not in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run")
+    from_run(tiny_run, photo_data, tmp_path, "--temperature", 0.5, "--min-count", 9)
+    said = "warning: no effect on this run: --temperature, --min-count (--init brings its own)"
+    assert said in capsys.readouterr().err
+
+
 def test_init_where_nothing_fits():
     model = torch.nn.Module()
     model.logit_scale, model.tower = torch.nn.Parameter(torch.tensor(1.0)), torch.nn.Linear(3, 2)

@@ -130,6 +130,7 @@ def test_several_queries_are_told_apart(find, folder):
     [
         (["--paths"], "--paths needs a --query"),
         (["--images", "x", "--data", "y", "--query", "z"], "takes the place"),
+        (["--images", "x", "--splits", "random", "--query", "z"], "takes the place"),
         (["--images", "nowhere", "--query", "a dog"], "is not a folder"),
         (["--query", "a dog", "--top-k", "0"], "--top-k"),
     ],
@@ -137,6 +138,11 @@ def test_several_queries_are_told_apart(find, folder):
 def test_flags_that_do_not_go_together(find, words, message):
     with pytest.raises(UserError, match=message):
         find(*words)
+
+
+def test_flags_without_effect_are_said(find, folder):
+    _, err = find("--images", folder, "--query", "a dog", "--port", 80)
+    assert "no effect on this run: --port" in err
 
 
 def test_the_data_it_was_trained_on(find, photo_data):
@@ -235,6 +241,19 @@ def test_equal_files_are_embedded_once_and_broken_ones_left_out(find, folder, em
         path.write_bytes(b"no picture")
     with pytest.raises(UserError, match="not one of the pictures"):
         find("--images", folder, "--query", "a dog")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of other bytes")
+def test_letters_that_a_console_lacks_are_escaped_beside_other_bytes(folder, tiny_run, tmp_path):
+    odd, letters = os.fsencode(folder) + b"/\xff.jpg", folder / "\u732b.jpg"
+    for name in (odd, letters):
+        shutil.copyfile(folder / "photo_000.jpg", name)
+    words = [sys.executable, "search.py", tiny_run / "best.pt", "--images", folder, "--paths"]
+    words += ["--query", "a dog", "--top-k", "25", "--cache", tmp_path / "cache", "--workers", "0"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(words, capture_output=True, cwd=ROOT, timeout=120, env=env)
+    assert done.returncode == 0, done.stderr
+    assert {odd, os.fsencode(folder) + b"/\\u732b.jpg"} <= {*done.stdout.splitlines()}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of other bytes")

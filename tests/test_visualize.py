@@ -228,6 +228,11 @@ def test_what_cannot_be_drawn_is_said(draw, words, message):
     assert message in str(error.value)
 
 
+def test_flags_without_effect_are_said(draw, capsys):
+    draw("--query", "a red dog", "--queries", 3, "--seed", 4, "--top-k", 2)
+    assert "warning: no effect on this run: --queries, --seed (" in capsys.readouterr().err
+
+
 def test_a_folder_of_the_users_own_pictures(draw, tmp_path, capsys):
     folder = tmp_path / "mine $x_{"
     (folder / "sub").mkdir(parents=True)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import tracemalloc
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -233,6 +234,22 @@ def test_pictures_of_several_sizes(tmp_path):
     assert kept == [paths[0], paths[2]]
     for size, pixels in asked.items():
         assert (pixels == np.stack([decode(path, size) for path in kept])).all()
+
+
+def test_a_folder_is_never_held_decoded(tmp_path):
+    """2,000 pictures of 49 KB each, 100 at a time: the block before may still be there."""
+    photo(0).save(tmp_path / "0.png")
+    member = SimpleNamespace(transform={"stored_size": 128})
+    trained = SimpleNamespace(
+        members=[member],
+        embed_pixels=lambda pixels_at: np.zeros((len(pixels_at(128)), 4), np.float32),
+        options=Namespace(poster_text=False),
+    )
+    tracemalloc.start()
+    embeddings, kept = zeroshot.embed_pictures(trained, [tmp_path / "0.png"] * 2000, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(embeddings) == len(kept) == 2000 and peak < 500 * 128 * 128 * 3
 
 
 def test_hidden_pictures_are_left_aside(tmp_path):

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.sparse import csr_array
 
 from dataset import Captions, Tokenizer
 from support.command import UserError
@@ -122,23 +123,25 @@ def mine_synonyms(
     counts = Counter(word for words in texts for word in words)
     known = [w for w, n in counts.items() if n >= least and w.isalpha() and len(w) > 2]
     number = {word: i for i, word in enumerate(known)}
-    size, images = len(known), int(caption_image.max()) + 1
-    stands = np.zeros((len(texts), size), np.float32)
-    beside = np.zeros((size, 2 * size), np.float32)
-    for row, words in enumerate(texts):
+    size = len(known)
+    held, ends, beside = [], [0], np.zeros((size, 2 * size), np.float32)
+    for words in texts:
         ids = [number.get(word, -1) for word in words]
         for left, right in pairwise(ids):
             if left >= 0 and right >= 0:
                 beside[right, left] += 1
                 beside[left, size + right] += 1
-        stands[row, [i for i in ids if i >= 0]] = 1
-    pooled = np.zeros((images, size), np.float32)
-    np.add.at(pooled, caption_image, stands)
-    together = stands.T @ stands  # in one caption
-    apart = pooled.T @ pooled - together  # in two captions of one image
+        held += {*ids} - {-1}
+        ends.append(len(held))
+    count, images = len(texts), int(caption_image.max()) + 1
+    stands = csr_array((np.ones(len(held), np.float32), held, ends), (count, size))
+    owner = csr_array((np.ones(count, np.float32), (caption_image, range(count))), (images, count))
+    pooled = owner @ stands  # how many of an image's captions hold a word
+    together = (stands.T @ stands).toarray()  # in one caption
+    apart = (pooled.T @ pooled).toarray() - together  # in two captions of one image
     often = np.outer(stands.sum(0), stands.sum(0))
-    per_image = len(texts) / images - 1
-    lift = apart * len(texts) / (often * max(per_image, 1e-9))
+    per_image = count / images - 1
+    lift = apart * count / (often * max(per_image, 1e-9))
     chance = beside.sum(1, keepdims=True) * beside.sum(0) / max(beside.sum(), 1)
     weight = np.log(np.maximum(beside, 1e-9) / np.maximum(chance, 1e-9)).clip(0)
     weight /= np.linalg.norm(weight, axis=1, keepdims=True).clip(1e-9)
