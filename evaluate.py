@@ -262,8 +262,7 @@ def main(argv: list[str]) -> None:
     add_model_flags(parser)
     flag = parser.add_argument_group("what to write").add_argument
     flag("--json", type=output, metavar="FILE", help="the figures and the protocol")
-    text = "plain arrays, without pickle; the captions as JSON"
-    flag("--save-embeddings", type=output, metavar="FILE.npz", help=text)
+    flag("--save-embeddings", type=output, metavar="FILE.npz", help="plain arrays, without pickle")
     text = "what each caption and image finds (columns: report/predictions.py)"
     flag("--predictions", type=output, metavar="FILE.csv", help=text)
     text = "what it is good and bad at: CSVs, a table"

@@ -28,17 +28,17 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def save_embeddings(file: Path, embedded: Embedded, dataset: CaptionedImages) -> None:
-    """Writes plain arrays that np.load reads without pickle; the captions are one text, in JSON.
+    """Writes plain arrays that np.load reads without pickle.
 
-    An array of texts is as wide as the longest: one of 100,000 letters would make 400 KB of each.
+    They are compressed: an array of texts is as wide as the longest, and most of it nothing.
     """
     with atomic_write(file) as temporary, temporary.open("wb") as opened:
-        np.savez(
+        np.savez_compressed(
             opened,
             image_embeddings=embedded.image_embeddings,
             text_embeddings=embedded.text_embeddings,
             image_names=np.array([dataset.names[i] for i in embedded.pairs.rows]),
-            captions=np.array(json.dumps(embedded.pairs.captions)),
+            captions=np.array(embedded.pairs.captions),
             caption_image=embedded.pairs.caption_image,
         )
     print(f"wrote {file}")

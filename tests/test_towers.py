@@ -104,6 +104,21 @@ def test_depthwise_gradients_are_those_of_float32():
     torch.testing.assert_close(layer.weight.grad, expected)
 
 
+def test_a_random_efficientnet_can_be_measured_after_one_epoch():
+    """Its norms know what they meet after 47 batches, so that evaluation is not far from training.
+
+    With the momentum that it was pretrained with, all pictures are one point then.
+    """
+    torch.manual_seed(0)
+    tower = image_tower("efficientnet_lite0").train()
+    with torch.inference_mode():
+        for _ in range(47):
+            learned_from = tower(torch.rand(16, 3, 32, 32) * torch.rand(16, 3, 1, 1))
+        images = torch.rand(16, 3, 32, 32) * torch.rand(16, 3, 1, 1)
+        measured = tower.eval()(images)
+    assert 0.1 < measured.std(0).mean() / learned_from.std(0).mean() < 3
+
+
 def test_of_a_folded_tower_the_pointwise_convolutions_learn():
     tower = image_tower("efficientnet_lite0", "imagenet")
     models.hold_back(tower, 2)  # the last inverted residual and the convolution behind it

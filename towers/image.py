@@ -82,7 +82,7 @@ def convolution(before: int, after: int, size: int, stride: int = 1, groups: int
     """Convolution, batch norm and ReLU6."""
     padding = size // 2 if stride == 1 else 0
     layer = SameConv2d(before, after, size, stride, padding, groups=groups, bias=False)
-    return [layer, nn.BatchNorm2d(after, 1e-3, 0.01), nn.ReLU6(inplace=True)]
+    return [layer, nn.BatchNorm2d(after, 1e-3), nn.ReLU6(inplace=True)]
 
 
 class InvertedResidual(nn.Sequential):
