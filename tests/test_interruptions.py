@@ -243,7 +243,7 @@ def test_windows_waits_for_61_processes_at_most(monkeypatch):
 
     monkeypatch.setattr(workers, "ProcessPoolExecutor", refused)
     monkeypatch.setattr(sys, "platform", "win32")
-    with pytest.raises(ValueError, match="^61 workers"):
+    with pytest.raises(ValueError, match="61 workers"):
         next(in_processes(twice, range(3), 128, 1))
 
 
