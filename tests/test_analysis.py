@@ -432,7 +432,7 @@ def embedded_of(file: Path):
         embedded = ranked(
             saved["image_embeddings"],
             saved["text_embeddings"],
-            json.loads(saved["captions"].item()),
+            saved["captions"].tolist(),
             saved["caption_image"].tolist(),
         )
         embedded.pairs.dataset.names = saved["image_names"].tolist()
