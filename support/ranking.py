@@ -104,7 +104,9 @@ def count_below(
     distance of a limit are computed again, in float64. The scores of a block exist at a time.
     """
     padding, missing = -len(texts) % 8, np.nan  # so that columns go by eight
-    texts_padded = np.pad(texts, ((0, padding), (0, 0)), constant_values=missing)
+    texts_padded = texts  # np.pad would copy it for nothing
+    if padding:
+        texts_padded = np.pad(texts, ((0, padding), (0, 0)), constant_values=missing)
     limits = image_limits, np.pad(text_limits, (0, padding), constant_values=missing)
     lengths = lengths_of(images), lengths_of(texts_padded)
     longest = [np.fmax.reduce(length, initial=0) for length in lengths]
