@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sources.augment import AUGMENTATIONS, ahead, augment, resize
+from sources.augment import AUGMENTATIONS, augment, resize
 from sources.collection import CACHE, Collection
 from sources.texts import text_ids, words_of
 from support.command import Parser, UserError, later, number, run
+from support.workers import ahead
 
 if TYPE_CHECKING:
     from argparse import Namespace

@@ -27,8 +27,6 @@ from support.recipes import first_options
 from towers import on_cpu
 from train import build_parser
 
-on_cpu.exchange = lambda net: net  # a course's towers have PyTorch's own layers
-
 
 class Photographs(Dataset):
     """A photograph and one of its captions; the tower itself normalises the pixels."""
@@ -80,6 +78,7 @@ def images_per_second(options: Namespace) -> float:
 
 
 def main(argv: list[str]) -> None:
+    on_cpu.exchange = lambda net: net  # a course's towers have PyTorch's own layers
     parser = build_parser()
     parser.prog, parser.description = "course_loop.py", __doc__.split("\n")[0]
     flag = parser.add_argument_group("benchmark").add_argument

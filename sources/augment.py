@@ -1,13 +1,11 @@
 """From decoded pictures to what a model sees: whole batches, augmented afresh in every epoch.
 
-dataset.py fetches batches `ahead`, and calls `augment` on them for training and `resize` for
-evaluation. Normalising is the first block of every image tower (see models.py).
+dataset.py calls `augment` on batches for training and `resize` for evaluation. Normalising is the
+first block of every image tower (see models.py).
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,22 +29,6 @@ AUGMENTATIONS = {
     "rotation": Augmentation(rotate=8),
     "colour": Augmentation(colour=0.3),
 }
-
-
-def ahead(function: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
-    """`function` of each argument; a thread prepares the next result while one is used.
-
-    It works in NumPy alone: torch in a second thread would wake a second set of its own threads.
-    """
-    with ThreadPoolExecutor(1) as thread:
-        waiting = None
-        for argument in arguments:
-            coming = thread.submit(function, argument)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = coming
-        if waiting is not None:
-            yield waiting.result()
 
 
 def resize(pixels: torch.Tensor, size: int) -> torch.Tensor:

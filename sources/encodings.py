@@ -105,6 +105,9 @@ def wide_code(data: bytes) -> str | None:
     return None
 
 
+STRAYS = re.compile("[\udc80-\udcff]+")  # bytes that are not UTF-8, as Python marks them
+
+
 def decode_old(data: bytes, name: str) -> tuple[str, str]:
     """Bytes that are not UTF-8: a few stray ones in it, or another encoding altogether."""
     text = data.decode("utf-8", "surrogateescape")
@@ -112,11 +115,7 @@ def decode_old(data: bytes, name: str) -> tuple[str, str]:
     count, letters = sum(len(found[0]) for found in strays), re.sub(r"[\0-\x7f]", "", text)
     whole = STRAYS.sub("", letters)
     if len(whole) >= count:  # only UTF-8 has so many whole letters by chance
-        foreign = sum(x.isalpha() and "LATIN" not in unicodedata.name(x, "") for x in whole)
-        if foreign > len(whole) / 2 or max(len(found[0]) for found in strays) > 3:
-            line = text.count("\n", 0, strays[0].start()) + 1
-            problem = f"{name} is UTF-8 but for {count:,} bytes, the first in line {line:,}"
-            raise UserError(f"{problem}, which are no letters that can be told; mend them")
+        check_western(text, whole, strays, f"{name} is UTF-8 but for {count:,} bytes")
         repaired = STRAYS.sub(lambda found: western(found[0]), text)
         return repaired, f"UTF-8 but for {count:,} bytes of Windows-1252"
     fits = sorted(((*tried(code, data), code) for code in CODES), key=lambda x: -x[0])
@@ -128,7 +127,14 @@ def decode_old(data: bytes, name: str) -> tuple[str, str]:
     raise UserError(f"{problem}; save it as UTF-8 (in Excel: CSV UTF-8)")
 
 
-STRAYS = re.compile("[\udc80-\udcff]+")  # bytes that are not UTF-8, as Python marks them
+def check_western(text: str, whole: str, strays: list[re.Match[str]], problem: str) -> None:
+    """Raises UserError where stray bytes are no letters of Windows-1252: among `whole` letters of
+    another script, or where more than three stand together."""
+    foreign = sum(x.isalpha() and "LATIN" not in unicodedata.name(x, "") for x in whole)
+    if foreign > len(whole) / 2 or max(len(found[0]) for found in strays) > 3:
+        line = text.count("\n", 0, strays[0].start()) + 1
+        where = f"the first in line {line:,}, which are no letters that can be told"
+        raise UserError(f"{problem}, {where}; mend them")
 
 
 def western(strays: str) -> str:

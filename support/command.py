@@ -15,7 +15,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +209,7 @@ def warn(message: str) -> None:
     print(f"warning: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
-def say_unused(typed: dict[str, Any], flags: Iterable[str], reason: str) -> None:
+def say_unused(typed: Container[str], flags: Iterable[str], reason: str) -> None:
     """Warns of typed flags that have no effect on this run."""
     if some := [dashed(f"--{flag}") for flag in flags if flag in typed]:
         warn(f"no effect on this run: {', '.join(some)} ({reason})")

@@ -1,6 +1,7 @@
-"""Work in several processes, which end with this one however it ends.
+"""Work in several processes, which end with this one however it ends; and in a thread, ahead.
 
-sources/pictures.py decodes pictures, posters/words.py reads the words on them.
+sources/pictures.py decodes pictures, posters/words.py reads the words on them; dataset.py fetches
+batches `ahead`.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from itertools import islice
@@ -91,3 +92,19 @@ def follow() -> None:
     """Waits for the parent's end, and ends."""
     multiprocessing.parent_process().join()
     os._exit(1)
+
+
+def ahead(function: Callable[[Any], Any], arguments: Iterable[Any]) -> Iterator[Any]:
+    """`function` of each argument; a thread prepares the next result while one is used.
+
+    It works in NumPy alone: torch in a second thread would wake a second set of its own threads.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        waiting = None
+        for argument in arguments:
+            coming = thread.submit(function, argument)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = coming
+        if waiting is not None:
+            yield waiting.result()
