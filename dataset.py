@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sources.augment import AUGMENTATIONS, augment, resize
+from sources.augment import AUGMENTATIONS, augment, resize, views_of
 from sources.collection import CACHE, Collection
 from sources.texts import text_ids, words_of
 from support.command import Parser, UserError, later, number, run
@@ -144,12 +144,8 @@ class Pixels:
     def views(
         self, part: slice, transform: dict[str, Any], device: torch.device
     ) -> list[torch.Tensor]:
-        """Some images of the split as they are evaluated: whole, with `mirror` mirrored too."""
-        images = torch.from_numpy(self.pixels[self.rows[part]]).to(device)
-        view = resize(images, transform["image_size"])
-        if not transform["mirror"]:
-            return [view]
-        return [view, view.flip(3).contiguous(memory_format=torch.channels_last)]
+        """Some images of the split as they are evaluated, each in all its views."""
+        return views_of(torch.from_numpy(self.pixels[self.rows[part]]).to(device), transform)
 
 
 class Captions:
@@ -181,13 +177,14 @@ def image_transform(options: Namespace) -> dict[str, Any]:
 
     Pictures are decoded to `stored_size` (bicubic, squashed to a square), which is an eighth larger
     than the input where they are cropped, so that a crop keeps its sharpness, then resized to
-    `image_size`. With `mirror` an embedding is the mean of the picture's and its mirror image's.
+    `image_size`. `crops` and `mirror` say which views of it are evaluated.
     """
-    cropped = AUGMENTATIONS[options.image_augment].area < 1
+    cropped = AUGMENTATIONS[options.image_augment].area < 1 or options.test_crops
     stored = options.image_size * 9 // 8 if cropped else options.image_size
     return {
         "image_size": options.image_size,
         "stored_size": 64 if options.data == "shapes" else stored,
+        "crops": options.test_crops,
         "mirror": options.test_mirror,
     }
 

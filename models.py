@@ -170,7 +170,7 @@ class CLIP(nn.Module):
     MAX_SCALE = 100.0  # as in CLIP: beyond it training becomes unstable
     autocast: torch.dtype | None = None  # of the towers in training; None: float32
     tokenizer: Tokenizer
-    transform: dict[str, Any]  # how a picture becomes the input: image_size, stored_size, mirror
+    transform: dict[str, Any]  # how a picture becomes the input: dataset.image_transform
 
     def __init__(
         self,
@@ -340,11 +340,11 @@ def build_model(options: Namespace, tokenizer: Tokenizer, pretrained: bool = Tru
 def model_from_checkpoint(content: dict[str, Any], path: Path) -> CLIP:
     """Builds the model, with its tokenizer, that a checkpoint holds. Raises UserError."""
     try:
-        options = Namespace(**content["config"])
+        options = Namespace(**{"test_crops": False, **content["config"]})  # a younger flag
         tokenizer = make_tokenizer(options, content["vocabulary"])
         model = build_model(options, tokenizer, pretrained=False)
         model.load_state_dict(content["model"])
-        model.transform = content["transform"]
+        model.transform = {"crops": False, **content["transform"]}
     except NOT_A_CHECKPOINT as error:
         raise UserError(f"{path} holds another model: {first_line(error)}") from error
     return model

@@ -221,8 +221,8 @@ def features_for_evaluation(model: CLIP, pairs: Pairs, options: Namespace) -> tu
     if options.train_image:
         return model, pairs
     options = Namespace(**{**vars(options), "precision": "fp32"})
-    tower, views = model.image_tower, 1 + model.transform["mirror"]
-    features = image_features(model, pairs, len(tower), views, options, "film")
+    tower = model.image_tower
+    features = image_features(model, pairs, len(tower), model.transform, options, "film")
     pairs = pairs.with_sides(ImageFeatures(features, pairs.caption_image), pairs.texts)
     if options.poster_text:
         pairs = with_words(pairs, reading_features(model, pairs.dataset, options))

@@ -1,11 +1,11 @@
 """From decoded pictures to what a model sees: whole batches, augmented afresh in every epoch.
 
-dataset.py calls `augment` on batches for training and `resize` for evaluation. Normalising is the
+dataset.py calls `augment` on batches for training and `views_of` for evaluation. Normalising is the
 first block of every image tower (see models.py).
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ AUGMENTATIONS = {
     "rotation": Augmentation(rotate=8),
     "colour": Augmentation(colour=0.3),
 }
+CROP = 0.8  # of a side, in testing; crops that cover 0.35 to 1 of a picture have 0.81 on average
 
 
 def resize(pixels: torch.Tensor, size: int) -> torch.Tensor:
@@ -42,6 +43,27 @@ def resize(pixels: torch.Tensor, size: int) -> torch.Tensor:
     except NotImplementedError:  # on Apple's MPS before torch 2.7
         images = shrink(images.cpu()).to(pixels.device)
     return images.contiguous(memory_format=torch.channels_last)
+
+
+def views_of(pixels: torch.Tensor, transform: dict[str, Any]) -> list[torch.Tensor]:
+    """What pictures are evaluated as: a picture's embedding is the mean of those of its views.
+
+    uint8 (B, S, S, 3) -> as many float (B, 3, size, size). The whole picture; with `crops` its
+    corners and its centre (ten crops with their mirror images, Krizhevsky et al., 2012), as what
+    augmentation shows in training is cropped too; with `mirror` the mirror image of each.
+    """
+    parts, side = [pixels], pixels.shape[1]
+    if transform["crops"]:
+        kept = round(side * CROP)
+        last = side - kept
+        corners = [(0, 0), (0, last), (last, 0), (last, last)]
+        for y, x in [*corners, (last // 2, last // 2)]:
+            parts.append(pixels[:, y : y + kept, x : x + kept])
+    shown = [resize(part, transform["image_size"]) for part in parts]
+    if not transform["mirror"]:
+        return shown
+    mirrored = [view.flip(3).contiguous(memory_format=torch.channels_last) for view in shown]
+    return shown + mirrored
 
 
 def augment(

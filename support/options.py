@@ -22,7 +22,7 @@ PER_DATA = {  # flag -> its default for `shapes`, for photographs
     "lr": (1.5e-3, 1e-3),
     "epochs": (4, 15),
 }
-CAPTIONS_CONTRADICT = ("image_augment", "test_mirror", "map_crop")  # in a recipe, for `shapes`
+CAPTIONS_CONTRADICT = ("image_augment", "test_crops", "test_mirror", "map_crop")  # for `shapes`
 OF_THE_MACHINE = ("resume", "cache", "out", "device")  # not of the run: no checkpoint keeps them
 OF_RECIPES = {"cache", "data", "device", "precision", "workers"}  # of each run of a recipe
 MAY_CHANGE = {*OF_THE_MACHINE, *OF_RECIPES, "epochs"}  # in a resume; the data's content decides

@@ -160,15 +160,18 @@ def run_recipe(
 
     A run whose --init names an earlier run of the recipe starts from its best checkpoint. The only
     run from which no other starts has the recipe's folder, and each other one a folder in it; of
-    several such runs the best checkpoints stand side by side in out/best.pt.
+    several such runs the best checkpoints stand side by side in out/best.pt. A --seed in the recipe
+    is added to the one that is typed.
     """
     said = {flag: x for flag, x in typed.items() if flag not in OF_THE_MACHINE}
     if "resume" in typed:
         said.pop("epochs", None)  # which is of the last runs alone
     if not (out / "recipe.txt").is_file() or "data" in typed:
         for place, (name, words) in enumerate(runs):
-            flags = parser.typed(words)
-            flags = {"data": parser.defaults()["data"], **suited(flags, said), **said}
+            of_line = suited(parser.typed(words), said)
+            flags = {"data": parser.defaults()["data"], **of_line, **said}
+            if "seed" in of_line:  # models side by side differ, whatever seed is typed
+                flags["seed"] = (of_line["seed"] + said.get("seed", 0)) % 2**32
             if flags["data"] != "shapes":  # from wherever it is resumed
                 flags["data"] = str(Path(flags["data"]).resolve())
             runs[place] = name, as_words(flags)

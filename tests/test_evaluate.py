@@ -613,6 +613,28 @@ def test_a_mirrored_embedding_is_the_mean_of_both_views(other_run, cache):
     assert np.abs(evaluate_split(model, split).image_embeddings - expected).max() > 1e-3
 
 
+@pytest.mark.parametrize("mirror", [False, True])
+def test_an_embedding_of_crops_is_the_mean_of_all_views(tiny_run, cache, mirror):
+    trained = load_trained([tiny_run / "best.pt"], "cpu")
+    (model,) = trained.members
+    dataset, split = load_data_for(trained, data_options(cache))
+    pixels = np.array(dataset.pixels[split.rows])
+    side, size = pixels.shape[1], model.transform["image_size"]
+    kept, far = round(0.8 * side), side - round(0.8 * side)
+    places = [(0, 0), (0, far), (far, 0), (far, far), (far // 2, far // 2)]
+    parts = [pixels, *(pixels[:, y : y + kept, x : x + kept] for y, x in places)]
+    mean = 0
+    with torch.inference_mode():
+        for part in parts:
+            images = resize(torch.from_numpy(part), size)
+            mean = mean + model.encode_image(images)
+            if mirror:
+                mean = mean + model.encode_image(images.flip(3))
+    model.transform |= {"crops": True, "mirror": mirror}
+    found = evaluate_split(model, split).image_embeddings
+    np.testing.assert_allclose(found, unit(mean.numpy()), atol=1e-5)
+
+
 def test_evaluating_leaves_the_models_mode(tiny_run, cache):
     trained = load_trained([tiny_run / "best.pt"], "cpu")
     (model,) = trained.members

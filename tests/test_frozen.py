@@ -107,20 +107,20 @@ def test_features_are_what_the_blocks_give(tmp_path, trainable):
 
 
 @pytest.mark.parametrize("trainable", [0, 5])
-@pytest.mark.parametrize("mirror", [False, True])
-def test_evaluation_from_features_is_that_from_pixels(tmp_path, trainable, mirror):
-    model = model_of(trainable, 0, test_mirror=mirror)
+@pytest.mark.parametrize("views", [{}, {"test_mirror": True}, {"test_crops": True}])
+def test_evaluation_from_features_is_that_from_pixels(tmp_path, trainable, views):
+    model = model_of(trainable, 0, **views)
     plain = pairs_of(model)
-    above, kept = keep_features(model, plain, options_for(tmp_path, test_mirror=mirror))
+    above, kept = keep_features(model, plain, options_for(tmp_path, **views))
     assert isinstance(above.text_tower, nn.Identity)
     for name in ("train", "dev"):
-        if name == "train" and mirror:  # training shows pictures as they are
+        if name == "train" and views:  # training shows pictures as they are
             continue
         expected, found = evaluate_split(model, plain[name]), evaluate_split(above, kept[name])
         for kind in ("image_embeddings", "text_embeddings"):
             difference = np.abs(getattr(found, kind) - getattr(expected, kind)).max()
             assert difference < 2e-3, kind
-    model.transform["mirror"] = not mirror
+    model.transform["mirror"] = not model.transform["mirror"]
     other = evaluate_split(model, plain["dev"]).image_embeddings
     assert np.abs(other - evaluate_split(above, kept["dev"]).image_embeddings).max() > 1e-3
 
@@ -212,11 +212,12 @@ def test_a_stale_cache_is_never_used(tmp_path):
     assert count(data=changed) == 5
     assert count(data=replace(dataset, pixels=larger)) == 6
     assert count(test_mirror=True) == 7
-    assert count(model_of(1)) == 8
+    assert count(test_crops=True) == 8
+    assert count(model_of(1)) == 9
     bf16 = small_options(precision="bf16", workers=0, cache=tmp_path)
     model = model_of()
     keep_features(model, {"dev": dataset.pairs("train", model.tokenizer)}, bf16)
-    assert len(folders(tmp_path)) == 9 and count() == 9
+    assert len(folders(tmp_path)) == 10 and count() == 10
 
 
 def test_text_features_are_never_stale(tmp_path):

@@ -470,6 +470,12 @@ def test_checkpoint_round_trip(checkpoint):
     assert torch.equal(model.encode_image(pictures(2)), original.encode_image(pictures(2)))
 
 
+def test_a_checkpoint_from_before_crops(checkpoint):
+    loaded = load_checkpoint(checkpoint)
+    del loaded["config"]["test_crops"], loaded["transform"]["crops"]
+    assert model_from_checkpoint(loaded, checkpoint).transform == small_model().transform
+
+
 @pytest.mark.parametrize("tower", [name for name, t in TEXT_TOWERS.items() if not t.pretrained])
 def test_every_text_tower_comes_back(tower, tmp_path):
     flags = {"text_tower": tower, "head": "mlp", "text_head": "identity", "max_tokens": 12}
@@ -484,13 +490,14 @@ def test_how_a_picture_becomes_the_input():
     """shapes have 64 pixels; photographs are decoded an eighth larger where they are cropped."""
     photographs = {"data": "there", "image_size": 96, "test_mirror": True}
     for flags, expected in (
-        ({"image_size": 32}, (32, 64, False)),
-        ({**photographs, "image_augment": "light"}, (96, 108, True)),
-        ({**photographs, "image_augment": "none"}, (96, 96, True)),
-        ({**photographs, "image_augment": "mirror"}, (96, 96, True)),
+        ({"image_size": 32}, (32, 64, False, False)),
+        ({**photographs, "image_augment": "light"}, (96, 108, True, False)),
+        ({**photographs, "image_augment": "none"}, (96, 96, True, False)),
+        ({**photographs, "image_augment": "mirror"}, (96, 96, True, False)),
+        ({**photographs, "image_augment": "none", "test_crops": True}, (96, 108, True, True)),
     ):
         transform = image_transform(small_options(**flags))
-        names = ("image_size", "stored_size", "mirror")
+        names = ("image_size", "stored_size", "mirror", "crops")
         assert transform == dict(zip(names, expected, strict=True))
 
 

@@ -219,7 +219,8 @@ def test_what_the_recipes_promise(walk, tmp_path):
     for name in ("assignment", "scratch"):
         out = str(tmp_path / name)
         runs[name] = [*walk("--recipe", name, "--data", "x", "--out", out).values()]
-    lines = {"": runs["assignment"], "lstm-": runs["scratch"][:3], "bag-": runs["scratch"][3:]}
+    chains = [runs["scratch"][first : first + 3] for first in (0, 3, 6)]
+    lines = dict(zip(("", "lstm-", "again-", "bag-"), [runs["assignment"], *chains], strict=True))
     for line, (captions, small, large) in lines.items():
         for options in (captions, small, large):
             assert options.image_weights == options.text_weights == "none"
@@ -234,8 +235,10 @@ def test_what_the_recipes_promise(walk, tmp_path):
         ]
         assert [small.init, large.init] == inits and captions.init is None
     same = [{**vars(run), "out": "", "init": "", "recipe": ""} for run in runs["assignment"]]
-    of_scratch = [{**vars(run), "out": "", "init": "", "recipe": ""} for run in lines["lstm-"]]
-    assert same == of_scratch  # the README says so
+    for line, seed in (("lstm-", 0), ("again-", 1)):
+        unlike = {"out": "", "init": "", "recipe": "", "seed": 0}
+        assert [run.seed for run in lines[line]] == [seed] * 3
+        assert [{**vars(run), **unlike} for run in lines[line]] == same  # the README says so
 
 
 def default_of(*words: object) -> str:
@@ -294,6 +297,23 @@ def test_a_recipe_that_goes_on_has_the_options_of_one_never_stopped(walk, tmp_pa
     assert list(again) == ["a", "run"]  # the last run has the recipe's folder
     for name in again:
         assert config_of(again[name]) == config_of(whole[name])
+
+
+@pytest.mark.parametrize(("typed", "seeds"), [([], (0, 2)), (["--seed", 3], (3, 5))])
+def test_a_seed_in_a_recipe_is_added_to_the_one_that_is_typed(walk, tmp_path, typed, seeds):
+    """Once: a recipe that goes on keeps its seeds."""
+    (tmp_path / "two.txt").write_text("a:\nb: --seed 2\n")
+    out, words = tmp_path / "run", ("--recipe", str(tmp_path / "two.txt"), "--data", "shapes")
+    stopped = walk(*words, *map(str, typed), "--out", str(out), stop="a")
+    assert stopped["a"].seed == seeds[0]
+    again = walk("--resume", str(out))
+    assert (again["a"].seed, again["b"].seed) == seeds
+
+
+def test_seeds_that_are_added_go_around(walk, tmp_path):
+    (tmp_path / "two.txt").write_text("a:\nb: --seed 2\n")
+    words = ("--recipe", str(tmp_path / "two.txt"), "--data", "shapes", "--seed", str(2**32 - 1))
+    assert walk(*words, "--out", str(tmp_path / "run"))["b"].seed == 1
 
 
 def test_a_recipe_goes_further_with_its_last_runs(walk, tmp_path):

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dataset import PAD
+from dataset import PAD, image_transform
 from models import CLIP
 from sources.pictures import DECODER, cached, read_array, write_header
 from support.command import UserError
@@ -38,9 +38,9 @@ def keep_features(
 ) -> tuple[CLIP, dict[str, Pairs]]:
     """The model above its frozen blocks, and pairs of what those blocks give.
 
-    Pictures are kept as features where they are not augmented, whole in training, with their
-    mirror image in evaluation if options.test_mirror. Captions are kept where the text tower is
-    frozen and they are not rewritten.
+    Pictures are kept as features where they are not augmented, whole in training, in all their
+    views for evaluation. Captions are kept where the text tower is frozen and they are not
+    rewritten.
     """
     below = first_that_learns(model.image_tower) if options.image_augment == "none" else 0
     text_frozen = not any(weight.requires_grad for weight in model.text_tower.parameters())
@@ -51,8 +51,10 @@ def keep_features(
     for name, split in pairs.items():
         images, texts = split.images, split.texts
         if below:
-            views = 1 + (options.test_mirror and name != "train")
-            features = image_features(model, split, below, views, options, name)
+            transform = image_transform(options)
+            if name == "train":
+                transform |= {"crops": False, "mirror": False}
+            features = image_features(model, split, below, transform, options, name)
             images = ImageFeatures(features, split.caption_image, options.map_crop)
         if text_frozen:
             texts = TextFeatures(text_features(model, texts.tokens, options, name))
@@ -160,7 +162,12 @@ def key_of(*parts: Any) -> str:
 
 
 def image_features(
-    model: CLIP, pairs: Pairs, below: int, views: int, options: Namespace, name: str
+    model: CLIP,
+    pairs: Pairs,
+    below: int,
+    transform: dict[str, Any],
+    options: Namespace,
+    name: str,
 ) -> np.ndarray:
     """What the first `below` blocks give of a split's pictures: float16 (images, views, ...).
 
@@ -168,24 +175,26 @@ def image_features(
     """
     blocks, dataset = model.image_tower[:below], pairs.dataset
     key = key_of(
-        [DECODER, below, views, options.image_tower, options.image_size, options.precision],
+        [DECODER, below, transform, options.image_tower, options.precision],
         [dataset.pixels.shape[1], [dataset.digests[row] for row in pairs.rows]],
         *blocks.state_dict().values(),
     )
-    build = partial(write_features, model, blocks, pairs, options, name)
+    build = partial(write_features, model, blocks, pairs, transform, options, name)
     return cached(options.cache, f"images-{key}", build, read_array)
 
 
 @torch.inference_mode()
 def write_features(
-    model: CLIP, blocks: nn.Sequential, pairs: Pairs, options: Namespace, name: str, folder: Path
+    model: CLIP,
+    blocks: nn.Sequential,
+    pairs: Pairs,
+    transform: dict[str, Any],
+    options: Namespace,
+    name: str,
+    folder: Path,
 ) -> None:
     """Runs all pictures through the blocks; fills features.npy."""
     count = len(pairs.rows)
-    transform = {
-        "image_size": options.image_size,
-        "mirror": options.test_mirror and name != "train",
-    }
     bar = tqdm(total=count, desc=f"{name} images", unit="image", leave=False, disable=None)
     with bar, frozen(model, options), (folder / "features.npy").open("wb") as file:
         for first in range(0, count, 32):
