@@ -32,6 +32,7 @@ SECONDS = 1.0  # no more rounds after this
 STEPS = "4"  # part of the question: raise it when the code of a step changes what it costs
 ROUNDS = 4  # the first, which allocates memory, is not counted
 AT_LEAST = 3
+TICK = 1e-3  # seconds that a step takes at least, where a clock is too coarse to see it
 WORDS = 12  # of a caption
 
 
@@ -123,7 +124,7 @@ def measure_steps(model: CLIP, options: Namespace) -> dict[str, float]:
             for name in MEASURED:
                 copy.autocast, begun = AUTOCAST[name], clock()
                 step(copy, sides)
-                seconds[name].append(clock() - begun)
+                seconds[name].append(max(clock() - begun, TICK))
             if turn + 1 >= AT_LEAST and clock() - since > SECONDS:
                 break
     return {name: min(times[1:]) for name, times in seconds.items()}

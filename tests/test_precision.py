@@ -1,6 +1,7 @@
 """--precision auto on a CPU: what is measured and kept, and that the run stays the same."""
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,6 +126,24 @@ def test_real_steps_leave_all_as_it_was(text_tower: str, flags):
     assert all(weight.grad is None for weight in model.parameters())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_the_time_is_that_of_one_thread_alone(monkeypatch):
+    """Another program's work, here a sleep, is not counted; the threads are as many as before."""
+    threads, seen = torch.get_num_threads(), []
+
+    def step(model, sides) -> None:
+        seen.append(torch.get_num_threads())
+        time.sleep(0.2 if model.autocast is None else 0)
+
+    monkeypatch.setattr(precision, "step", step)
+    torch.set_num_threads(2)
+    try:
+        seconds = measure_steps(small_model(), small_options(batch_size=4))
+        assert torch.get_num_threads() == 2 and set(seen) == {1}
+    finally:
+        torch.set_num_threads(threads)
+    assert max(seconds.values()) < 0.1
 
 
 def test_the_towers_are_measured_in_both_precisions(monkeypatch):
