@@ -86,7 +86,7 @@ def build_parser() -> Parser:
     text = "at the start; logit_scale is the logarithm of its inverse"
     flag("--temperature", type=number(float, 0.01, 10), default=0.07, help=text)
     flag("--test-crops", **switch, help="an image's embedding: the mean with those of five crops")
-    flag("--test-mirror", **switch, help="the mean with its mirror image's, and theirs")
+    flag("--test-mirror", **switch, help="an image's embedding: the mean with its mirror image's")
 
     flag = parser.add_argument_group("training").add_argument
     text = "start from another run's weights, those that fit; model flags left out are its own"
