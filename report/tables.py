@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project abov
 from report import findings, single
 from support.command import Parser, UserError, atomic_write, run
 from support.figures import HATCHES, INK, PALETTE, canvas, legend_above, name_bars, wrapped, write
+from support.recipes import read_recipe
 from support.results import read_csv
 
 HERE = Path(__file__).resolve().parent
@@ -155,8 +156,12 @@ def analysis(part: str, *names: str) -> str:
 
 
 def single_changes() -> Rows:
-    """The runs of report/changes.py, in the order of its list."""
-    return [row for row in read("runs.csv") if row["group"] == "changes"]
+    """The runs of report/changes.py, in the order of its list. Raises UserError."""
+    rows = [row for row in read("runs.csv") if row["group"] == "changes"]
+    order = [f"change: {name}" for name, _ in read_recipe(str(HERE / "changes.txt"))]
+    if unknown := {row["run"] for row in rows} - {*order}:
+        raise UserError(f"runs.csv has a {min(unknown)}, which report/changes.txt does not list")
+    return sorted(rows, key=lambda row: (order.index(row["run"]), int(row["seed"])))
 
 
 SPLITS = ("by image", "by caption line")

@@ -2,12 +2,13 @@
 
 import csv
 import math
+import shlex
 from pathlib import Path
 
 import pytest
 from conftest import TINY, write_kaggle
 
-from report import changes, single
+from report import changes, single, tables
 from support.checkpoint import load_checkpoint
 from support.command import UserError
 from support.recipes import read_recipe
@@ -38,6 +39,30 @@ def test_every_line_is_the_base_and_one_change():
         typed = parser.typed(words)
         assert len(typed) == 1, name
         assert any(typed[flag] != base.get(flag) for flag in typed), name
+
+
+def test_the_rows_are_what_the_list_says():
+    """A row's command is the one that its line gives today, in the list's order."""
+    lines = dict(read_recipe("report/changes.txt"))
+    rows = tables.single_changes()
+    assert rows[0]["run"] == "change: base"
+    for row in rows:
+        name = row["run"].removeprefix("change: ")
+        words = lines["base"] + (lines[name] if name != "base" else [])
+        assert row["command"] == shlex.join(["python", "train.py", *words]), name
+
+
+def test_the_rows_follow_the_list(runs, monkeypatch):
+    """Whatever the order of the runs."""
+    names = ["sigmoid", "Transformer", "base", "no-augmentation"]
+    for name in names:
+        changes.append({"run": f"change: {name}", "group": "changes", "seed": "0"})
+    monkeypatch.setattr(tables, "read", lambda _: rows_of(runs))
+    found = [row["run"].removeprefix("change: ") for row in tables.single_changes()]
+    assert found == ["base", "Transformer", "no-augmentation", "sigmoid"]
+    changes.append({"run": "change: luck", "group": "changes", "seed": "0"})
+    with pytest.raises(UserError, match="change: luck"):
+        tables.single_changes()
 
 
 def test_what_was_run_is_not_run_again(runs, monkeypatch, capsys):
