@@ -194,7 +194,7 @@ def test_a_stale_cache_is_never_used(tmp_path):
     larger = np.pad(dataset.pixels, ((0, 0), (0, 4), (0, 4), (0, 0)))
 
     def count(model: CLIP | None = None, data: CaptionedImages = dataset, **flags: object) -> int:
-        model = model or model_of()
+        model = model or model_of(**flags)
         options = options_for(tmp_path, **flags)
         keep_features(model, {"dev": data.pairs("train", model.tokenizer)}, options)
         return len(folders(tmp_path))

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from dataset import PAD, image_transform
+from dataset import PAD
 from models import CLIP
 from sources.pictures import DECODER, cached, read_array, write_header
 from support.command import UserError
@@ -51,9 +51,9 @@ def keep_features(
     for name, split in pairs.items():
         images, texts = split.images, split.texts
         if below:
-            transform = image_transform(options)
+            transform = model.transform
             if name == "train":
-                transform |= {"crops": False, "mirror": False}
+                transform = {**transform, "crops": False, "mirror": False}
             features = image_features(model, split, below, transform, options, name)
             images = ImageFeatures(features, split.caption_image, options.map_crop)
         if text_frozen:
