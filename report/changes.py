@@ -74,10 +74,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--data", default="Flickr8k", help="folder of Flickr8k")
     parser.add_argument("--cache", default=str(HERE / ".cache"), help="folder of decoded images")
     parser.add_argument("--seeds", type=number(int, 2, 100), default=3, help="of each line")
-    parser.add_argument("--only", nargs="+", choices=lines, default=list(lines), help="these lines")
+    text = "of changes.txt, as base or sigmoid (default: all)"
+    parser.add_argument("--only", nargs="+", metavar="LINE", choices=lines, help=text)
     options = parser.parse_args(argv)
     done = 0
-    for name in options.only:
+    for name in options.only or lines:
         words = lines["base"] + (lines[name] if name != "base" else [])
         for seed in range(options.seeds):
             known = {(row["run"], row["seed"]) for row in read_csv(RUNS)}

@@ -78,7 +78,7 @@ def draw(path: Path, rows: Rows) -> None:
     changes = by_change(rows)
     base, deviation = changes[BASE], spread(changes)
     title = "The assignment's model, one change at a time"
-    footer = "mean of the six recalls on Flickr8k's dev split; a dot is a seed"
+    footer = "mean of the six recalls on Flickr8k's dev split; a dot is a seed; hatched: worse"
     with canvas(path, 5.6, 0.3 * len(changes) + 1.3, title, footer) as (figure, _):
         axes, middle = figure.subplots(), fmean(recall(base))
         level = margin(base, base, deviation)

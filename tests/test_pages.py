@@ -82,7 +82,7 @@ def copy(tmp_path, monkeypatch) -> Path:
     """The pages and what they are made of, apart from the project, which stays as it is."""
     folder = tmp_path / "report"
     folder.mkdir()
-    for form in ("*.csv", "*.md", "*.json"):
+    for form in ("*.csv", "*.md", "*.json", "*.txt"):
         for path in (HERE / "report").glob(form):
             (folder / path.name).write_bytes(path.read_bytes())
     if (HERE / "report" / "analysis").is_dir():
