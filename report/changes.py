@@ -25,6 +25,7 @@ from support.recipes import read_recipe
 from support.results import read_csv
 
 RUNS = HERE / "report" / "runs.csv"
+PREFIX = "change: "  # of a run's name there, before that of its line
 FLICKR8K = 6000, 1000  # images of train and of dev: the table's
 
 
@@ -49,7 +50,7 @@ def row_of(record: dict, name: str, change: str, command: str, seed: int) -> dic
     commit = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
     ways = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
     return {
-        **{"run": f"change: {name}", "group": "changes", "change": change, "changes": "1"},
+        **{"run": f"{PREFIX}{name}", "group": "changes", "change": change, "changes": "1"},
         **{"command": command, "data": "Flickr8k", "split": "dev", "pool": str(FLICKR8K[1])},
         **{"seed": str(seed), "version": str(VERSION), "date": f"{datetime.date.today()}"},
         "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
@@ -82,7 +83,7 @@ def main(argv: list[str]) -> None:
         words = lines["base"] + (lines[name] if name != "base" else [])
         for seed in range(options.seeds):
             known = {(row["run"], row["seed"]) for row in read_csv(RUNS)}
-            if (f"change: {name}", str(seed)) in known:
+            if (f"{PREFIX}{name}", str(seed)) in known:
                 continue
             print(f"{name}, seed {seed}: {shlex.join(words)}", flush=True)
             record = run_once(words, seed, ["--data", options.data, "--cache", options.cache])

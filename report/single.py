@@ -8,10 +8,11 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean, variance
 
+from report.changes import PREFIX
 from support.figures import INK, PALETTE, canvas, legend_above, name_bars, write
 
 Rows = list[dict[str, str]]
-BASE = "change: base"
+BASE = f"{PREFIX}base"
 
 
 def by_change(rows: Rows) -> dict[str, Rows]:
@@ -28,7 +29,7 @@ def recall(rows: Rows) -> list[float]:
 
 def name_of(run: str) -> str:
     """A change in words, as the table and the chart have it."""
-    return run.removeprefix("change: ").replace("-", " ")
+    return run.removeprefix(PREFIX).replace("-", " ")
 
 
 def margin(rows: Rows, base: Rows, deviation: float) -> float:

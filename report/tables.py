@@ -15,6 +15,7 @@ from statistics import fmean
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project above this folder
 
 from report import findings, single
+from report.changes import PREFIX
 from support.command import Parser, UserError, atomic_write, run
 from support.figures import HATCHES, INK, PALETTE, canvas, legend_above, name_bars, wrapped, write
 from support.recipes import read_recipe
@@ -158,7 +159,7 @@ def analysis(part: str, *names: str) -> str:
 def single_changes() -> Rows:
     """The runs of report/changes.py, in the order of its list. Raises UserError."""
     rows = [row for row in read("runs.csv") if row["group"] == "changes"]
-    order = [f"change: {name}" for name, _ in read_recipe(str(HERE / "changes.txt"))]
+    order = [f"{PREFIX}{name}" for name, _ in read_recipe(str(HERE / "changes.txt"))]
     if unknown := {row["run"] for row in rows} - {*order}:
         raise UserError(f"runs.csv has a {min(unknown)}, which report/changes.txt does not list")
     return sorted(rows, key=lambda row: (order.index(row["run"]), int(row["seed"])))

@@ -42,7 +42,7 @@ def test_every_line_is_the_base_and_one_change():
 
 
 def test_the_rows_are_what_the_list_says():
-    """A row's command is the one that its line gives today, in the list's order."""
+    """A row's command is the one that its line gives today; the base's rows come first."""
     lines = dict(read_recipe("report/changes.txt"))
     rows = tables.single_changes()
     assert rows[0]["run"] == "change: base"
