@@ -21,6 +21,12 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 ENDS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 
+def as_in_a_terminal() -> None:
+    """A shell's background job ignores SIGINT, and what nohup starts SIGHUP: so may the tests."""
+    for signum in ENDS:
+        signal.signal(signum, signal.SIG_DFL)
+
+
 def begin(*words: object, code: str = "") -> subprocess.Popen[str]:
     """A script of the project, or Python code, in a process group of its own."""
     first = ["-c", code] if code else [str(ROOT / str(words[0]))]
@@ -30,7 +36,7 @@ def begin(*words: object, code: str = "") -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as in a terminal
+        preexec_fn=as_in_a_terminal,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 
