@@ -66,7 +66,7 @@ def table(rows: Rows) -> list[list[str]]:
         apart = f"{min(values):.1f} to {max(values):.1f}"
         verdict = "the start"
         if run != BASE:
-            difference = fmean(values) - fmean(recall(changes[BASE]))
+            difference = round(fmean(values) - fmean(recall(changes[BASE])), 1) + 0.0  # no -0.0
             verdict = f"{finding(of_run, changes[BASE], deviation)}: {difference:+.1f}"
         firsts = [f"{fmean(float(r[f'{way}_r1']) for r in of_run):.1f}" for way in ("i2t", "t2i")]
         typed = f"`{of_run[0]['change']}`"

@@ -140,6 +140,11 @@ def test_one_seed_tells_nothing():
     assert lines[-1][-1] == "level: +4.0"
 
 
+def test_a_difference_of_nothing_has_no_minus():
+    lines = single.table(made_up(base=[5.0], sigmoid=[4.98]))
+    assert lines[-1][-1] == "level: +0.0"
+
+
 def test_nothing_measured_draws_nothing(tmp_path: Path):
     single.draw_if_measured(tmp_path / "none.png", made_up(sigmoid=[1.0]))
     assert not list(tmp_path.iterdir())
