@@ -80,8 +80,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def fill_from(model: torch.nn.Module, content: dict[str, Any], name: str) -> None:
-    """Copies the weights of a checkpoint that fit; raises UserError when none does."""
+def fill_from(model: torch.nn.Module, content: dict[str, Any], name: str) -> list[str]:
+    """Copies the weights of a checkpoint that fit; which parts of the model keep some of theirs.
+
+    Raises UserError when none fits.
+    """
     state, weights = model.state_dict(), content["model"]
     shared = state.keys() & weights.keys()
     fitting = {key: weights[key] for key in shared if weights[key].shape == state[key].shape}
@@ -91,6 +94,7 @@ def fill_from(model: torch.nn.Module, content: dict[str, Any], name: str) -> Non
     fresh = sorted({key.partition(".")[0] for key in state.keys() - fitting.keys()})
     rest = f"; fresh ones in {', '.join(fresh)}" if fresh else ""
     print(f"init: {len(fitting):,} of {len(state):,} weights are those of {name}{rest}")
+    return fresh
 
 
 def contents(run: Run, weights: dict[str, Any] | None, config: dict[str, Any]) -> dict[str, Any]:

@@ -138,9 +138,23 @@ def model_of(options: Namespace, dataset: CaptionedImages, earlier: dict[str, An
         captions = pairs.limited(options.limit, options.seed).captions
         tokenizer = Tokenizer.train(captions, options.min_count, options.max_tokens)
     model = build_model(options, tokenizer, pretrained=not (same_image and same_text))
+    fresh = ["image_tower", "text_tower"]
     if init:
-        fill_from(model, init, options.init)
+        fresh = fill_from(model, init, options.init)
         brought = ("temperature", "min_count") if same_text else ("temperature",)
         typed = {x for x in brought if getattr(options, x) != before.get(x, getattr(options, x))}
         say_unused(typed, brought, "--init brings its own")
+    warn_of_random_towers(options, fresh)
     return model
+
+
+def warn_of_random_towers(options: Namespace, fresh: list[str]) -> None:
+    """Says which towers keep random weights to the end; `fresh` ones have none from --init."""
+    towers = (
+        ("image_tower", options.image_weights, options.train_image, "--train-image 0"),
+        ("text_tower", options.text_weights, options.train_text, "--train-text 0"),
+    )
+    for name, weights, learning, typed in towers:
+        if name in fresh and weights == "none" and not learning:
+            then = "give --init a run that has learned the same one, or leave that flag out"
+            warn(f"{name} has random weights and {typed} keeps them; {then}")

@@ -341,6 +341,17 @@ def test_init_from_a_run_with_other_heads(tiny_run, photo_data, tmp_path, capsys
             torch.testing.assert_close(content["model"][name], weight, rtol=0, atol=1e-9)
 
 
+def test_a_tower_that_keeps_random_weights_is_said(tiny_run, photo_data, tmp_path, capsys):
+    """As where --init's tower has another width: its weights do not fit."""
+    from_run(tiny_run, photo_data, tmp_path, "--train-text", 0)
+    assert "random weights" not in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run")
+    from_run(tiny_run, photo_data, tmp_path, "--train-text", 0, "--text-width", 16)
+    error = capsys.readouterr().err
+    assert "warning: text_tower has random weights and --train-text 0 keeps them" in error
+    assert "image_tower" not in error
+
+
 def test_flags_that_init_overrules_are_said(tiny_run, photo_data, tmp_path, capsys):
     from_run(tiny_run, photo_data, tmp_path)
     assert "no effect" not in capsys.readouterr().err
