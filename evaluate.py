@@ -210,7 +210,7 @@ def metrics_table(metrics: dict[str, float], intervals: dict[str, list[float]]) 
 def add_model_flags(parser: Parser) -> None:
     """The flags that evaluate.py and visualize.py share."""
     text = "one, or several side by side (default: the newest checkpoints/*/best.pt)"
-    parser.add_argument("checkpoint", nargs="*", type=Path, help=text)
+    parser.add_argument("checkpoint", nargs="*", default=[], type=Path, help=text)
     add_data_flags(parser, data=None, splits=None)
     flag = parser.add_argument_group("what to measure").add_argument
     flag("--split", choices=("test", "dev", "train"), default="test")

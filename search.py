@@ -191,7 +191,7 @@ def main(argv: list[str]) -> None:
     keep_memory()
     parser = Parser(prog="search.py", description=__doc__.split("\n")[0])
     text = "one, or several side by side (default: the newest checkpoints/*/best.pt)"
-    parser.add_argument("checkpoint", nargs="*", type=Path, help=text)
+    parser.add_argument("checkpoint", nargs="*", default=[], type=Path, help=text)
     add_data_flags(parser, data=None, splits=None)
     flag = parser.add_argument_group("what to search").add_argument
     flag("--images", type=Path, metavar="DIR", help="this folder of pictures, not a data set")

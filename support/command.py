@@ -54,8 +54,8 @@ class Parser(argparse.ArgumentParser):
         absent: list[Any] = []  # argparse leaves what the namespace holds; `append` copies it
         held = argparse.Namespace(**dict.fromkeys(self.defaults(), absent))
         found = vars(super().parse_args([dashed(word) for word in argv], held))
-        # A positional that is absent gets None all the same.
-        typed = {flag: x for flag, x in found.items() if x is not absent and x is not None}
+        # A positional that is absent gets None all the same, or an empty list.
+        typed = {flag: x for flag, x in found.items() if x is not absent and x not in (None, [])}
         return {flag: at_home(x) for flag, x in typed.items()}
 
     def defaults(self) -> dict[str, Any]:

@@ -481,6 +481,7 @@ def test_analysis_of_a_run_and_its_figures(run, tiny_run, tmp_path, capsys, monk
     monkeypatch.chdir(tmp_path)  # no checkpoint is needed
     folders = ("--analysis", tmp_path / "one", "--analysis", tmp_path / "two")
     visualize.main([str(word) for word in (*folders, "--out", tmp_path / "figures")])
+    assert "no effect" not in capsys.readouterr().err
     drawn = listed(tmp_path / "figures")
     assert drawn == [f"analysis_{name}.png" for name in ("captions", "causes", "pictures", "words")]
     with pytest.raises(UserError, match="is no analysis"):

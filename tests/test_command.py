@@ -58,6 +58,13 @@ def test_typed_holds_only_what_stands_there():
     assert parser.typed([]) == {}  # nothing stays from the time before
 
 
+def test_a_list_of_places_that_is_absent_is_not_typed():
+    parser = Parser()
+    parser.add_argument("places", nargs="*", default=[], type=Path)
+    assert parser.typed([]) == {} and parser.parse_args([]).places == []
+    assert parser.typed(["a", "b"]) == {"places": [Path("a"), Path("b")]}
+
+
 def test_what_is_not_typed_takes_its_default():
     expected = {"place": None, "batch_size": 64, "dry_run": False, "url": None, "resume": None}
     parser = make_parser()
