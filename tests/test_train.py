@@ -91,7 +91,7 @@ def test_output_says_what_there_is_what_it_takes_and_what_was_written(
     photo_data: Path, tmp_path: Path, capsys
 ):
     words = start(photo_data, tmp_path / "run", tmp_path / "cache", *QUICK, "--epochs", 1)
-    assert run_train(*words, "--limit", 8) == 0
+    assert run_train(*words, "--limit", 8, "--train-image", "all") == 0
     written = capsys.readouterr()
     assert written.err == ""
     lines = written.out.splitlines()
@@ -113,7 +113,7 @@ def test_short_and_odd_batches(photo_data: Path, tmp_path: Path, batch: int, lim
 
 def test_a_limit_above_all_images_is_told_once(photo_data: Path, tmp_path: Path, capsys):
     words = start(photo_data, tmp_path / "run", tmp_path / "cache", *QUICK, "--epochs", 1)
-    assert run_train(*words, "--limit", 999) == 0
+    assert run_train(*words, "--limit", 999, "--train-image", "all") == 0
     count = images_of(photo_data, tmp_path / "cache")["train"]
     warning = f"warning: --limit 999: there are {count} training images, all are used\n"
     assert capsys.readouterr().err == warning
