@@ -56,6 +56,11 @@ def finding(rows: Rows, base: Rows, deviation: float) -> str:
     return "level" if level else "better" if difference > 0 else "worse"
 
 
+def gain(points: float) -> str:
+    """With its sign and one decimal; what rounds to nothing is +0.0."""
+    return f"{round(points, 1) + 0.0:+.1f}"
+
+
 def table(rows: Rows) -> list[list[str]]:
     """Lines of cells, the heads first: means over the seeds, and what they say."""
     changes = by_change(rows)
@@ -66,8 +71,8 @@ def table(rows: Rows) -> list[list[str]]:
         apart = f"{min(values):.1f} to {max(values):.1f}"
         verdict = "the start"
         if run != BASE:
-            difference = round(fmean(values) - fmean(recall(changes[BASE])), 1) + 0.0  # no -0.0
-            verdict = f"{finding(of_run, changes[BASE], deviation)}: {difference:+.1f}"
+            difference = fmean(values) - fmean(recall(changes[BASE]))
+            verdict = f"{finding(of_run, changes[BASE], deviation)}: {gain(difference)}"
         firsts = [f"{fmean(float(r[f'{way}_r1']) for r in of_run):.1f}" for way in ("i2t", "t2i")]
         typed = f"`{of_run[0]['change']}`"
         lines.append([name_of(run), typed, *firsts, f"{fmean(values):.1f}", apart, verdict])

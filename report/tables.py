@@ -110,8 +110,7 @@ def group(name: str) -> list[Rows]:
     runs, before = [pick(run, "dev") for run in names], None
     for rows in runs:
         now = float(mean(rows, "mean_recall"))
-        bought = None if before is None else round(now - before, 1) + 0.0  # no -0.0
-        rows[-1]["bought"] = "the start" if bought is None else f"{bought:+.1f}"
+        rows[-1]["bought"] = "the start" if before is None else single.gain(now - before)
         before = now
     return runs
 

@@ -149,7 +149,7 @@ def model_of(options: Namespace, dataset: CaptionedImages, earlier: dict[str, An
 
 
 def warn_of_random_towers(options: Namespace, fresh: list[str]) -> None:
-    """Says which towers keep random weights to the end; `fresh` ones have none from --init."""
+    """Says which towers keep random weights to the end; `fresh` ones lack some of --init's."""
     towers = (
         ("image_tower", options.image_weights, options.train_image, "--train-image 0"),
         ("text_tower", options.text_weights, options.train_text, "--train-text 0"),
