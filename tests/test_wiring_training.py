@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, caption, names, photo
-from torch.nn import functional as F
 from wiring import (
     embed_captions,
     embed_pictures,
@@ -24,6 +23,8 @@ from wiring import (
     tokens_of,
     write_folder,
 )
+
+from models import CLIP
 
 PLAIN = (*TINY, "--image-augment", "none")
 # The image tower's features are computed once, and its weights are no part of the optimizer.
@@ -171,14 +172,14 @@ def test_only_the_last_blocks_learn(tmp_path, augment):
 
 def test_an_epoch_shows_each_image_once_and_its_captions_in_turn(tmp_path, monkeypatch):
     images = spec(15, each=4)
-    data, passed, lookup = write_folder(tmp_path / "data", images), [], F.embedding
+    data, passed, encode = write_folder(tmp_path / "data", images), [], CLIP.encode_text
 
-    def spying(ids: torch.Tensor, *more: object, **named: object) -> torch.Tensor:
-        if torch.is_grad_enabled():
-            passed.append(ids.tolist())
-        return lookup(ids, *more, **named)
+    def spying(model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
+        if model.training:
+            passed.append(tokens.tolist())
+        return encode(model, tokens)
 
-    monkeypatch.setattr(F, "embedding", spying)
+    monkeypatch.setattr(CLIP, "encode_text", spying)
     words = ("--data", data, "--out", tmp_path / "run", "--cache", tmp_path / "cache", *QUICK)
     assert run_train(*words, "--epochs", 3, "--batch-size", 4, "--captions-per-image", 2) == 0
     vocabulary = helpers.load_checkpoint(tmp_path / "run" / "last.pt")["vocabulary"]
