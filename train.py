@@ -228,8 +228,8 @@ def train_epoch(
 # (when, trick): each takes model and pairs, and returns what stands in their place.
 Trick = Callable[[CLIP, dict[str, Pairs], argparse.Namespace], tuple[CLIP, dict[str, Pairs]]]
 TRICKS: tuple[tuple[Callable[[argparse.Namespace], bool], Trick], ...] = (
-    (lambda o: o.text_augment != "none", later("tricks.rewrite", "rewrite_captions")),
     (lambda o: o.captions_alone, later("tricks.captions_alone", "pair_captions")),
+    (lambda o: o.text_augment != "none", later("tricks.rewrite", "rewrite_captions")),
     (lambda o: not o.captions_alone and not o.poster_text, later("tricks.frozen", "keep_features")),
     (lambda o: o.poster_text, later("posters.words", "add_words")),
 )

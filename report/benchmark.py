@@ -89,8 +89,13 @@ def rates_in_turns(trained: Run, options: Namespace, course: list[str]) -> dict[
     return {name: np.array([turn[name] for turn in turns]) for name in ways}
 
 
-def share_of_products(trained: Run, options: Namespace, loop: float) -> float:
-    """What the products of a step take alone, as a share of the loop's time for as many images."""
+def share_of_products(trained: Run, options: Namespace, loop: float) -> float | None:
+    """What the products of a step take alone, as a share of the loop's time for as many images.
+
+    None on a GPU, which goes on computing when a product's call is over.
+    """
+    if trained.model.device.type != "cpu":
+        return None
     trained.learner.autocast = AUTOCAST[options.precision]
     feed = trained.pairs["train"].batches(1, options, trained.model.device)
     images = next(feed)

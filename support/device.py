@@ -71,7 +71,12 @@ def keep_memory() -> None:
 
 
 def keep_order() -> None:
-    """Lets CUDA sum in one order alone, so that a run done again, or resumed, has the same bits."""
+    """Lets CUDA sum in one order alone, so that a run done again, or resumed, has the same bits.
+
+    And float32 is float32, as on a CPU.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cuda.enable_mem_efficient_sdp(False)  # has no such order in its gradient
+    for kind in ("mem_efficient", "cudnn"):  # attention that has no such order in its gradient
+        getattr(torch.backends.cuda, f"enable_{kind}_sdp", lambda _: None)(False)
+    torch.backends.cudnn.allow_tf32 = False  # which has 10 bits: embeddings were off by 3e-4

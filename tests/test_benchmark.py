@@ -22,7 +22,7 @@ def test_rates_and_their_ratio(photo_data: Path, tmp_path: Path, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     words = ["--data", photo_data, "--cache", "cache", "--json", "figures.json", *TINY, *frozen]
     words += ["--batches", 2, "--turns", 3, "--pictures", 10, "--ranked", 40]
-    words += ["--markdown", "table.md"]
+    words += ["--markdown", "table.md", "--device", "cpu"]
     monkeypatch.setattr(benchmark, "course_rate", lambda words: 2.0)
     benchmark.main([str(word) for word in words])
     out = capsys.readouterr().out

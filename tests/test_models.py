@@ -65,6 +65,18 @@ def test_padding_never_changes_an_embedding(model, inference):
     assert (alone @ alone.T - torch.eye(4)).abs().max() < 1 - 1e-4  # four different texts
 
 
+@pytest.mark.parametrize("kind", ["transformer", "lstm"])
+def test_short_texts_are_read_apart_from_long_ones(kind):
+    tower, shapes = small_model(text_tower=kind).text_tower, []
+    tower.words.register_forward_hook(lambda *call: shapes.append(tuple(call[1][0].shape)))
+    lengths = (11, 3, 4, 8, 5)
+    tower(torch.tensor([text(*[7] * (length - 2), length=12) for length in lengths]))
+    assert shapes == [(3, 5), (2, 11)]
+    shapes.clear()
+    tower(torch.tensor([text(7, 8, length=12)]))
+    assert shapes == [(1, 12)]
+
+
 def test_what_stands_behind_the_mask_does_not_matter(model):
     tokens = torch.tensor([text(5, 6, length=9), text(7, length=9)])
     before = model.encode_text(tokens)
@@ -380,9 +392,13 @@ def test_choose_device(monkeypatch):
         assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")
         assert torch.are_deterministic_algorithms_enabled()
         assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert not torch.backends.cudnn.allow_tf32
     finally:
         torch.use_deterministic_algorithms(False)
         torch.backends.cuda.enable_mem_efficient_sdp(True)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        torch.backends.cudnn.allow_tf32 = True
 
 
 def test_choose_precision(monkeypatch):

@@ -249,7 +249,7 @@ def test_letters_that_a_console_lacks_are_escaped_beside_other_bytes(folder, tin
     for name in (odd, letters):
         shutil.copyfile(folder / "photo_000.jpg", name)
     words = [sys.executable, "search.py", tiny_run / "best.pt", "--images", folder, "--paths"]
-    words += ["--query", "a dog", "--top-k", "25", "--cache", tmp_path / "cache", "--workers", "0"]
+    words += ["--query", "a dog", "--top-k", "26", "--cache", tmp_path / "cache", "--workers", "0"]
     env = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(words, capture_output=True, cwd=ROOT, timeout=120, env=env)
     assert done.returncode == 0, done.stderr
@@ -261,7 +261,7 @@ def test_a_name_of_any_bytes(folder, tiny_run, tmp_path):
     odd = os.fsencode(folder) + b"/\xff.jpg"
     shutil.copyfile(folder / "photo_000.jpg", odd)
     words = [sys.executable, "search.py", tiny_run / "best.pt", "--images", folder, "--paths"]
-    words += ["--query", "a dog", "--top-k", "25", "--cache", tmp_path / "cache", "--workers", "0"]
+    words += ["--query", "a dog", "--top-k", "26", "--cache", tmp_path / "cache", "--workers", "0"]
     done = subprocess.run(words, capture_output=True, cwd=ROOT, timeout=120)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == COUNT + 1
     assert odd in done.stdout.splitlines()

@@ -706,6 +706,16 @@ def test_captions_alone_move_the_text_tower_alone(photo_data: Path, tmp_path: Pa
     assert model_from_checkpoint(content, tmp_path).tokenizer.vocabulary == tokenizer.vocabulary
 
 
+def test_captions_alone_are_rewritten_too(photo_data: Path, tmp_path: Path):
+    losses = []
+    for rates in ("none", "delete=0.5"):
+        words = start(photo_data, tmp_path / rates, tmp_path / "cache", "--epochs", 1)
+        words += ["--captions-alone", "--text-tower", "bag", "--dropout", "0"]
+        assert run_train(*words, "--text-augment", rates) == 0
+        losses.append(load_checkpoint(tmp_path / rates / "last.pt")["history"][0]["train_loss"])
+    assert losses[0] != losses[1]
+
+
 def test_the_text_tower_has_a_rate_of_its_own():
     options = small_options(lr=0.3, text_lr=0.02)
     model = build_model(options, Tokenizer.train(["a dog"], 1, 8))
