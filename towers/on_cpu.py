@@ -62,7 +62,8 @@ class WordDropout(nn.Dropout):
 def in_halves(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """For a text tower's forward: reads the shorter half of a batch apart from the longer one.
 
-    An LSTM takes 0.75 of the time in bf16 and 0.6 in float32, a Transformer 0.8.
+    Forward, backward and step of an LSTM take 0.9 of the time in bf16 and 0.75 in float32, of a
+    Transformer 0.8.
     """
 
     @wraps(forward)
