@@ -225,7 +225,7 @@ def train_epoch(
 
 # -------------------------------------------------------------------------------- the run
 
-# (when, trick): each takes model and pairs, and returns what stands in their place.
+# (when, trick), in turn: each takes model and pairs, and returns what stands in their place.
 Trick = Callable[[CLIP, dict[str, Pairs], argparse.Namespace], tuple[CLIP, dict[str, Pairs]]]
 TRICKS: tuple[tuple[Callable[[argparse.Namespace], bool], Trick], ...] = (
     (lambda o: o.captions_alone, later("tricks.captions_alone", "pair_captions")),

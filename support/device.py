@@ -77,6 +77,7 @@ def keep_order() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    for kind in ("mem_efficient", "cudnn"):  # attention that has no such order in its gradient
-        getattr(torch.backends.cuda, f"enable_{kind}_sdp", lambda _: None)(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # has no such order in its gradient
+    if hasattr(torch.backends.cuda, "enable_cudnn_sdp"):  # nor has this one, since torch 2.5
+        torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.cudnn.allow_tf32 = False  # which has 10 bits: embeddings were off by 3e-4

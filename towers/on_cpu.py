@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dataset import PAD
+
 LARGEST = 3  # places a side of the map that comes out; from 4 on, the convolution is as fast
 
 
@@ -70,7 +72,7 @@ def in_halves(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
     def read(tower: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         if tokens.device.type != "cpu" or len(tokens) < 2:
             return forward(tower, tokens)
-        lengths = (tokens != 0).sum(1)
+        lengths = (tokens != PAD).sum(1)
         order = lengths.argsort()
         halves = [forward(tower, tokens[h, : lengths[h].max()]) for h in order.tensor_split(2)]
         return torch.cat(halves)[order.argsort()]
